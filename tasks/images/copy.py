@@ -1,0 +1,191 @@
+"""The copy loop: extents of a reader into a writer, leaf by leaf, with digests. Every mode that moves a disk is this.
+
+It neither opens nor closes what it is given, and plans nothing: which extents, is the mode's business.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import closing
+
+from pydantic import Field
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_attempt,
+    wait_exponential_jitter,
+)
+
+from tasks.errors import IntegrityMismatch, TransferInterrupted
+from tasks.images.digests import LEAF_BYTES, ZERO_RECORD, Buffer, Digests, record_of
+from tasks.images.extents import check_plan, pieces
+from tasks.images.leaves import Misread, Piece
+from tasks.images.pool import Pool
+from tasks.images.writer import Writer
+from tasks.models import Extent, Value
+from tasks.reader import Reader, TransientFault
+
+_log = logging.getLogger(__name__)
+
+
+class Limits(Value):
+    """How hard to pull, and how long to believe in a source that fails. `attempts` counts since the last progress."""
+
+    threads: int = Field(default=4, ge=1)
+    attempts: int = Field(default=8, ge=1)
+    first_wait_s: float = 0.5
+    longest_wait_s: float = 30.0
+
+
+class CopyResult(Value):
+    """What a copy did.
+
+    bytes_transferred: what came from the source, counted again where it was asked for again. bytes_written: of it,
+    what was not zero. digest: of the whole image.
+    """
+
+    bytes_transferred: int
+    bytes_written: int
+    seconds: float
+    digest: str
+
+
+def copy(
+    reader: Reader,
+    extents: Iterable[Extent],
+    writer: Writer,
+    *,
+    digests: Digests,
+    limits: Limits | None = None,
+    progress: Callable[[int], None] | None = None,
+    stop: threading.Event | None = None,
+    durable: Callable[[tuple[Extent, ...]], None] | None = None,
+) -> CopyResult:
+    """Copy `extents` (whole leaves, sorted) from an entered `reader` to `writer`; return when they are durable.
+
+    progress: called with the bytes done since the last call, by several threads.
+    stop: when set, Stopped is raised within a second. durable: told which extents are safe on disk, after the
+    data and then the digests were flushed: the place of a journal.
+    Raises the first error that came up in any thread; TransferInterrupted where the source kept failing,
+    IntegrityMismatch where it did not give what was asked for.
+    """
+    started = time.monotonic()
+    planned = tuple(extents)
+    check_plan(planned, size=digests.size)
+    run = _Copy(reader, writer, digests, limits or Limits(), progress, stop)
+    run.fetch_all(planned)
+    writer.flush()
+    digests.flush()
+    if durable:
+        durable(planned)
+    return CopyResult(
+        bytes_transferred=run.received,
+        bytes_written=run.written,
+        seconds=time.monotonic() - started,
+        digest=digests.image_digest(),
+    )
+
+
+class _Copy:
+    """The state that the threads of one copy share."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        writer: Writer,
+        digests: Digests,
+        limits: Limits,
+        progress: Callable[[int], None] | None,
+        stop: threading.Event | None,
+    ) -> None:
+        self.received = self.covered = self.written = 0
+        self._reader, self._writer, self._digests, self._limits = reader, writer, digests, limits
+        self._progress = progress
+        self._pool: Pool[Extent] = Pool(stop=stop, interrupt=reader.interrupt)
+        self._lock = threading.Lock()
+
+    def fetch_all(self, planned: tuple[Extent, ...]) -> None:
+        threads = min(self._reader.depth, self._limits.threads)
+        work = pieces(planned, self._reader.preferred_extent_bytes)
+        self._pool.run(work, [self._fetch] * threads)
+        wanted = sum(extent.length for extent in planned)
+        if self.covered != wanted:
+            raise self._mismatch(f"{self.covered} bytes were copied of {wanted} planned")
+
+    def _fetch(self, extent: Extent) -> None:
+        piece = Piece(extent)
+        try:
+            self._retrying(piece)(self._attempt, piece)
+        except TransientFault as fault:
+            raise TransferInterrupted(
+                source=self._reader.source, resumable_at=piece.first_missing, why=str(fault)
+            ) from fault
+        except Misread as error:
+            raise self._mismatch(str(error)) from error
+
+    def _attempt(self, piece: Piece) -> None:
+        for extent in piece.missing():
+            self._pool.check()
+            with closing(self._reader.stream(extent)) as stream:
+                for offset, buffer in stream:
+                    self._pool.check()
+                    self._count(received=len(buffer))
+                    for leaf, content in piece.take(offset, buffer):
+                        self._land(leaf, content)
+        if piece.left:
+            raise Misread(f"the source left out {piece.left} leaves, the first at {piece.first_missing}")
+
+    def _land(self, leaf: int, content: Buffer) -> None:
+        record, offset = record_of(content), leaf * LEAF_BYTES
+        if record == ZERO_RECORD:
+            self._writer.zero(offset, len(content))
+        else:
+            self._writer.write(offset, content)
+        self._digests.put(leaf, record)
+        self._count(covered=len(content), written=len(content) if record != ZERO_RECORD else 0)
+        if self._progress:
+            self._progress(len(content))
+
+    def _count(self, *, received: int = 0, covered: int = 0, written: int = 0) -> None:
+        with self._lock:
+            self.received += received
+            self.covered += covered
+            self.written += written
+
+    def _retrying(self, piece: Piece) -> Retrying:
+        patience = _Patience(piece, self._limits)
+        return Retrying(
+            retry=retry_if_exception_type(TransientFault),
+            stop=stop_after_attempt(self._limits.attempts),
+            wait=patience.wait,
+            after=patience.start_anew,
+            sleep=sleep_using_event(self._pool.ended),
+            reraise=True,
+        )
+
+    def _mismatch(self, where: str) -> IntegrityMismatch:
+        return IntegrityMismatch(path=str(self._writer.path), where=where)
+
+
+class _Patience:
+    """How long to wait after a fault. A leaf more since the last one, and the attempts are counted from 1 again."""
+
+    def __init__(self, piece: Piece, limits: Limits) -> None:
+        self._piece, self._left = piece, piece.left
+        self._backoff = wait_exponential_jitter(limits.first_wait_s, limits.longest_wait_s, jitter=limits.first_wait_s)
+
+    def start_anew(self, state: RetryCallState) -> None:
+        if self._piece.left < self._left:
+            self._left, state.attempt_number = self._piece.left, 1
+
+    def wait(self, state: RetryCallState) -> float:
+        fault = state.outcome.exception() if state.outcome else None
+        asked_for = fault.wait_s if isinstance(fault, TransientFault) else 0.0
+        wait_s = max(self._backoff(state), asked_for)
+        _log.info("source failed, asking again in %.1f s attempt=%d fault=%s", wait_s, state.attempt_number, fault)
+        return wait_s

@@ -1,0 +1,45 @@
+"""Extent arithmetic: widening to leaves, cutting into pieces of work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from tasks.images.digests import LEAF_BYTES
+from tasks.models import Extent
+
+
+def whole_disk(size: int) -> tuple[Extent, ...]:
+    """Return the extents of all of a disk of `size` bytes: one, or none where it is empty."""
+    return (Extent(start=0, length=size),) if size else ()
+
+
+def leaf_aligned(extents: Iterable[Extent], *, size: int) -> tuple[Extent, ...]:
+    """Return sorted extents, widened to whole leaves of a disk of `size` bytes, those that touch made one."""
+    wide: list[tuple[int, int]] = []
+    for extent in sorted(extents, key=lambda extent: extent.start):
+        start = extent.start // LEAF_BYTES * LEAF_BYTES
+        end = min(-(-extent.end // LEAF_BYTES) * LEAF_BYTES, size)
+        if wide and start <= wide[-1][1]:
+            wide[-1] = (wide[-1][0], max(end, wide[-1][1]))
+        else:
+            wide.append((start, end))
+    return tuple(Extent(start=start, length=end - start) for start, end in wide)
+
+
+def pieces(extents: Iterable[Extent], piece_bytes: int) -> Iterator[Extent]:
+    """Cut leaf-aligned `extents` into leaf-aligned pieces of at most `piece_bytes` (at least one leaf)."""
+    step = max(piece_bytes // LEAF_BYTES, 1) * LEAF_BYTES
+    for extent in extents:
+        for start in range(extent.start, extent.end, step):
+            yield Extent(start=start, length=min(step, extent.end - start))
+
+
+def check_plan(extents: Sequence[Extent], *, size: int) -> None:
+    """Raise ValueError where extents are not whole leaves of a disk of `size` bytes, in order, none twice."""
+    position = 0
+    for extent in extents:
+        if extent.start < position or extent.start % LEAF_BYTES:
+            raise ValueError(f"{extent} is out of order, or begins inside a leaf")
+        if extent.end > size or (extent.end % LEAF_BYTES and extent.end != size):
+            raise ValueError(f"{extent} ends inside a leaf, or past the end of the disk at {size}")
+        position = extent.end

@@ -1,0 +1,101 @@
+"""Putting whole leaves together from the buffers of a stream, which come in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tasks.images.digests import LEAF_BYTES, Buffer
+from tasks.models import Extent
+
+
+class Misread(Exception):
+    """A reader gave bytes that nobody asked for, gave some twice, or left some out."""
+
+
+class Piece:
+    """A leaf-aligned extent on its way in: which of its leaves are missing, and those that are half there."""
+
+    def __init__(self, extent: Extent) -> None:
+        self.extent = extent
+        self._missing = set(range(extent.start // LEAF_BYTES, -(-extent.end // LEAF_BYTES)))
+        self._open: dict[int, _OpenLeaf] = {}
+        self._spare: list[bytearray] = []
+
+    @property
+    def left(self) -> int:
+        """How many leaves are not complete."""
+        return len(self._missing)
+
+    @property
+    def first_missing(self) -> int:
+        """Offset of the first leaf that is not complete."""
+        return min(self._missing, default=self.extent.end // LEAF_BYTES) * LEAF_BYTES
+
+    def missing(self) -> list[Extent]:
+        """Forget the leaves that are half there, and return what to ask for: all that is not complete."""
+        self._open.clear()
+        runs: list[list[int]] = []
+        for leaf in sorted(self._missing):
+            if runs and runs[-1][-1] == leaf - 1:
+                runs[-1][-1] = leaf
+            else:
+                runs.append([leaf, leaf])
+        return [self._extent_of(first, last) for first, last in runs]
+
+    def take(self, offset: int, buffer: memoryview) -> Iterator[tuple[int, Buffer]]:
+        """Yield `(leaf, content)` for every leaf that `buffer` completes; content is good until the next is asked for.
+
+        A leaf that lies whole in `buffer` is not copied. Raises Misread.
+        """
+        while buffer:
+            leaf, at = divmod(offset, LEAF_BYTES)
+            length = min(LEAF_BYTES, self.extent.end - leaf * LEAF_BYTES)
+            part, buffer = buffer[: LEAF_BYTES - at], buffer[LEAF_BYTES - at :]
+            if leaf not in self._missing or at + len(part) > length:
+                raise Misread(f"the source gave bytes at {offset} twice, or unasked")
+            offset += len(part)
+            if len(part) == length:
+                yield self._complete(leaf, part)
+            elif self._put(leaf, length, at, part):
+                content = self._open.pop(leaf).content
+                yield self._complete(leaf, content)
+                self._keep(content)
+
+    def _put(self, leaf: int, length: int, at: int, part: memoryview) -> bool:
+        if leaf not in self._open:
+            spare = self._spare.pop() if self._spare and length == LEAF_BYTES else bytearray(length)
+            self._open[leaf] = _OpenLeaf(spare)
+        return self._open[leaf].put(at, part)
+
+    def _complete(self, leaf: int, content: Buffer) -> tuple[int, Buffer]:
+        if leaf in self._open:
+            raise Misread(f"the source gave bytes of the leaf at {leaf * LEAF_BYTES} twice")
+        self._missing.remove(leaf)
+        return leaf, content
+
+    def _keep(self, content: bytearray) -> None:
+        if len(content) == LEAF_BYTES:
+            self._spare.append(content)
+
+    def _extent_of(self, first: int, last: int) -> Extent:
+        start, end = first * LEAF_BYTES, min((last + 1) * LEAF_BYTES, self.extent.end)
+        return Extent(start=start, length=end - start)
+
+
+class _OpenLeaf:
+    """A leaf that is not all there yet, and the gaps in it."""
+
+    def __init__(self, content: bytearray) -> None:
+        self.content = content
+        self._gaps = [(0, len(content))]
+
+    def put(self, at: int, part: memoryview) -> bool:
+        """Put `part` at `at`; tell whether the leaf is whole now. Raises Misread where something is there already."""
+        end = at + len(part)
+        for index, (start, stop) in enumerate(self._gaps):
+            if start <= at and end <= stop:
+                self.content[at:end] = part
+                rest = [gap for gap in ((start, at), (end, stop)) if gap[0] < gap[1]]
+                self._gaps[index : index + 1] = rest
+                return not self._gaps
+        raise Misread(f"the source gave bytes at {at} of a leaf twice")

@@ -1,0 +1,163 @@
+"""QEMU's tools on local images: convert, check, and serve over NBD. What they do with bytes is theirs."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from tasks import process
+from tasks.errors import FileLocked, IntegrityMismatch, ToolFailed, UnsupportedDisk
+
+Format = Literal["raw", "qcow2"]
+Cache = Literal["none", "writeback"]
+
+INSTALL = "Install qemu-utils (make setup does)"
+START_S = 20.0  # for qemu-nbd to listen
+LOCK_S = 20.0  # for a process that is dying to let go of an image
+POLL_S = 0.05
+CONNECTIONS = 4
+
+_CORRUPT, _LEAKED = 2, 3  # exit statuses of qemu-img check (its man page)
+_QCOW2_HEADER = struct.Struct(">4sIQII Q 40x Q")  # docs/interop/qcow2.txt: up to the incompatible features
+_DATA_FILE_BIT = 1 << 2
+
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock, fcntl(2)
+# Bytes that QEMU locks (block/file-posix.c): 100 + i for a permission that it uses, 200 + i for one it denies others.
+_WRITERS = (101, 3)  # write, write unchanged, resize
+_ANYBODY = (100, 128)
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    source_format: Format,
+    target_format: Format,
+    progress: Callable[[float], None] | None = None,
+    stop: threading.Event | None = None,
+) -> None:
+    """Convert an image to a new file `target`, which is overwritten. progress: called with 0..100.
+
+    Raises ToolFailed, or Stopped once `stop` is set; the target is worthless then.
+    """
+    cache = "none" if takes_direct(target.parent) else "writeback"
+    formats = ["-f", source_format, "-O", target_format, "-t", cache]
+    argv = ["qemu-img", "convert", "-p", *formats, named(source), named(target)]
+    process.run(argv, progress=progress, stop=stop, remedy=INSTALL)
+
+
+def check(path: Path, *, format: Format = "qcow2", stop: threading.Event | None = None) -> None:
+    """Raise IntegrityMismatch where the metadata of an image is damaged or leaks clusters. Raw has none to check."""
+    if format == "raw":
+        return
+    try:
+        process.run(["qemu-img", "check", "-q", "-f", format, named(path)], stop=stop, remedy=INSTALL)
+    except ToolFailed as error:
+        if error.status not in (_CORRUPT, _LEAKED):
+            raise
+        raise IntegrityMismatch(path=str(path), where=f"qemu-img check: {' '.join(error.last_lines)}") from error
+
+
+def virtual_size(path: Path, *, format: Format) -> int:
+    """Return the size in bytes that a guest sees.
+
+    Read from the header, not by qemu-img, which follows what an untrusted header names (CVE-2024-4467). Raises
+    UnsupportedDisk where it names another file, IntegrityMismatch where it is no header of that format.
+    """
+    if format == "raw":
+        return path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(_QCOW2_HEADER.size)
+    if len(header) < _QCOW2_HEADER.size or not header.startswith(b"QFI\xfb"):
+        raise IntegrityMismatch(path=str(path), where="it has no qcow2 header")
+    _, version, backing, _, _, size, features = _QCOW2_HEADER.unpack(header)
+    if backing or (version >= 3 and features & _DATA_FILE_BIT):
+        what = "a backing file" if backing else "an external data file"
+        raise UnsupportedDisk(disk=str(path), reason=f"it names {what}", remedy="Give an image that stands by itself")
+    return int(size)
+
+
+def takes_direct(path: Path) -> bool:
+    """Tell whether the file system lets a file (or, of a folder, a new file in it) be opened with O_DIRECT."""
+    try:
+        if path.is_dir():
+            with tempfile.NamedTemporaryFile(dir=path, prefix=".direct-") as probe:
+                return takes_direct(Path(probe.name))
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def qemu_nbd(
+    path: Path,
+    *,
+    format: Format,
+    read_only: bool = True,
+    cache: Cache = "none",
+    connections: int = CONNECTIONS,
+) -> Iterator[Path]:
+    """Serve an image for the block; yield the path of the unix socket. Ends with the thread that enters.
+
+    Raises FileLocked where another process keeps the image, ToolFailed where qemu-nbd will not serve it.
+    """
+    virtual_size(path, format=format)
+    _wait_for_lock(path, read_only=read_only)
+    with tempfile.TemporaryDirectory(prefix="hyper2kvm-") as folder:
+        address = Path(folder) / "nbd"
+        options = ["-f", format, "--persistent", "-e", str(connections), "--cache", cache, "-k", str(address)]
+        rights = ["--read-only"] if read_only else ["--discard=unmap", "--detect-zeroes=unmap"]
+        with process.child(["qemu-nbd", *options, *rights, named(path)]) as server:
+            _wait_for_socket(server, address)
+            yield address
+
+
+def named(path: Path) -> str:
+    """Return a path that QEMU takes for a file, whatever it looks like (`nbd:…`, `json:{…}`, `-x`)."""
+    return os.fspath(path.absolute())
+
+
+def _wait_for_socket(server: subprocess.Popen[bytes], address: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while not address.exists():
+        if server.poll() is not None or time.monotonic() > deadline:
+            process.end_group(server, close=False)
+            raise _not_serving(server)
+        time.sleep(POLL_S)
+
+
+def _not_serving(server: subprocess.Popen[bytes]) -> ToolFailed:
+    assert server.stderr
+    lines = tuple(server.stderr.read().decode(errors="replace").splitlines())[-process.LAST_LINES :]
+    return ToolFailed(argv=("qemu-nbd",), status=server.returncode, last_lines=lines, remedy=INSTALL)
+
+
+def _wait_for_lock(path: Path, *, read_only: bool) -> None:
+    """Wait, bounded, until no other QEMU process holds the image in a way that ours would be refused."""
+    deadline = time.monotonic() + LOCK_S
+    while _locked(path, *(_WRITERS if read_only else _ANYBODY)):
+        if time.monotonic() > deadline:
+            raise FileLocked(
+                path=str(path), remedy="Another program has the image open: find it with fuser, and end it"
+            )
+        time.sleep(POLL_S)
+
+
+def _locked(path: Path, start: int, length: int) -> bool:
+    with path.open("rb") as file:
+        wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+        try:
+            answer = fcntl.fcntl(file, fcntl.F_OFD_GETLK, wanted)
+        except OSError:  # a file system without such locks: QEMU goes without them there as well
+            return False
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)

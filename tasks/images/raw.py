@@ -1,0 +1,101 @@
+"""Writing a sparse raw file."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+from tasks.errors import DiskFull
+from tasks.images.digests import Buffer
+from tasks.images.files import free_bytes
+
+PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01  # linux/falloc.h
+ZEROS = bytes(1024 * 1024)
+
+_log = logging.getLogger(__name__)
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+class RawWriter:
+    """A raw image file; holes where nothing or zeros were written. See `tasks.images.writer.Writer`."""
+
+    def __init__(self, path: Path, fd: int, *, empty: bool) -> None:
+        """Made by `create` and `open`. `empty`: all of it reads as zeros, and each range is written once at most."""
+        self.path = path
+        self._fd = fd
+        self._empty = empty
+
+    @classmethod
+    def create(cls, path: Path, *, size: int) -> Self:
+        """Start an empty sparse file of `size` bytes; a left-over of that name (a `*.part`) is emptied first."""
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
+        os.ftruncate(fd, size)
+        return cls(path, fd, empty=True)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open an image that holds something: zeros are punched out of it, never left unwritten."""
+        return cls(path, os.open(path, os.O_RDWR | os.O_NOFOLLOW), empty=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        try:
+            self.close()
+        except (OSError, DiskFull) as error:
+            if kind is None:
+                raise
+            _log.warning("closing a target failed as well path=%s error=%s", self.path, error)
+
+    def write(self, offset: int, buffer: Buffer) -> None:
+        """Write all of `buffer` at `offset`. Raises DiskFull."""
+        rest = memoryview(buffer)
+        with naming_full_disk(self.path, need=len(rest)):
+            while rest:
+                done = os.pwrite(self._fd, rest, offset)
+                rest, offset = rest[done:], offset + done
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make the range read as zeros: left unwritten in an empty file, else punched, else written."""
+        if not self._empty and not self._punched(offset, length):
+            for at in range(offset, offset + length, len(ZEROS)):
+                self.write(at, memoryview(ZEROS)[: offset + length - at])
+
+    def flush(self) -> None:
+        """Return once everything written is durable."""
+        with naming_full_disk(self.path, need=0):
+            os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        """Close the file; an error of delayed writing that shows only now is raised."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with naming_full_disk(self.path, need=0):
+                os.close(fd)
+
+    def _punched(self, offset: int, length: int) -> bool:
+        if _libc.fallocate(self._fd, PUNCH_HOLE_KEEP_SIZE, offset, length) == 0:
+            return True
+        number = ctypes.get_errno()
+        if number in (errno.EOPNOTSUPP, errno.ENOSYS):
+            return False
+        raise OSError(number, os.strerror(number), str(self.path))
+
+
+@contextmanager
+def naming_full_disk(path: Path, *, need: int) -> Iterator[None]:
+    """Turn "no space" and "over quota" into DiskFull: `need` bytes were to be written just now."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull(path=str(path), need=need, have=free_bytes(path.parent)) from error

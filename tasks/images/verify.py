@@ -1,0 +1,126 @@
+"""Reading an image back through its own format, and comparing it leaf by leaf with its digests."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from tasks.errors import IntegrityMismatch
+from tasks.images.digests import LEAF_BYTES, RECORD_BYTES, Digests, leaf_count, record_of
+from tasks.images.extents import leaf_aligned, pieces, whole_disk
+from tasks.images.pool import Pool
+from tasks.images.qemu import CONNECTIONS, Format, qemu_nbd, takes_direct
+from tasks.models import SECTOR_BYTES, Extent
+from tasks.nbd import ZERO, NbdClient
+
+PIECE_BYTES = 32 * 1024 * 1024
+REQUEST_BYTES = 1024 * 1024
+
+
+def verify(
+    path: Path,
+    *,
+    format: Format,
+    digests: Digests,
+    progress: Callable[[int], None] | None = None,
+    stop: threading.Event | None = None,
+    connections: int = CONNECTIONS,
+) -> Literal["direct", "cached"]:
+    """Read `path` back and compare it with `digests`; return whether that went past the page cache.
+
+    Only what is allocated is read; what is not must have a zero record. progress: called with the bytes done since
+    the last call, holes included. Raises IntegrityMismatch (how many leaves differ, and the first), ToolFailed,
+    Stopped. qemu-nbd serves the image, and ends with the thread that calls.
+    """
+    direct = takes_direct(path)
+    cache: Literal["none", "writeback"] = "none" if direct else "writeback"
+    with qemu_nbd(path, format=format, cache=cache, connections=connections) as address, ExitStack() as stack:
+        clients = [stack.enter_context(NbdClient(address)) for _ in range(connections)]
+        _check_size(path, clients[0].size, digests.size)
+        back = _ReadBack(path, digests, progress)
+        pool: Pool[Extent] = Pool(stop=stop, interrupt=partial(_interrupt, clients))
+        work = pieces(whole_disk(digests.size), PIECE_BYTES)
+        pool.run(work, [partial(back.compare, pool, client) for client in clients])
+    back.judge()
+    return "direct" if direct else "cached"
+
+
+def _interrupt(clients: Sequence[NbdClient]) -> None:
+    for client in clients:
+        client.interrupt()
+
+
+def _check_size(path: Path, there: int, wanted: int) -> None:
+    """QEMU rounds the size of a raw file up to a sector."""
+    if there not in (wanted, -(-wanted // SECTOR_BYTES) * SECTOR_BYTES):
+        raise IntegrityMismatch(path=str(path), where=f"a disk of {there} bytes, not of {wanted}")
+
+
+class _ReadBack:
+    """What the threads of one verification found."""
+
+    def __init__(self, path: Path, digests: Digests, progress: Callable[[int], None] | None) -> None:
+        self._path, self._digests, self._progress = path, digests, progress
+        self._bad_leaves: int = 0
+        self._first_bad: int | None = None
+        self._lock = threading.Lock()
+
+    def compare(self, pool: Pool[Extent], client: NbdClient, piece: Extent) -> None:
+        """Compare the records of a leaf-aligned piece with what the image holds there."""
+        first = piece.start // LEAF_BYTES
+        expected = self._digests.records(first, leaf_count(piece.length))
+        found = bytearray(len(expected))
+        try:
+            for leaf, record in _records_in(client, piece, pool.check):
+                at = (leaf - first) * RECORD_BYTES
+                found[at : at + RECORD_BYTES] = record
+        except OSError as error:
+            pool.check()
+            raise IntegrityMismatch(
+                path=str(self._path), where=f"reading it back failed near byte {piece.start}: {error}"
+            ) from error
+        if found != expected:
+            self._differ(first, found, expected)
+        if self._progress:
+            self._progress(piece.length)
+
+    def judge(self) -> None:
+        """Raise IntegrityMismatch where a leaf differed."""
+        if self._first_bad is not None:
+            where = f"{self._bad_leaves} leaves of {LEAF_BYTES} bytes differ, the first at byte {self._first_bad}"
+            raise IntegrityMismatch(path=str(self._path), where=where)
+
+    def _differ(self, first: int, found: bytearray, expected: bytes) -> None:
+        starts = range(0, len(expected), RECORD_BYTES)
+        bad = [at for at in starts if found[at : at + RECORD_BYTES] != expected[at : at + RECORD_BYTES]]
+        offset = (first + bad[0] // RECORD_BYTES) * LEAF_BYTES
+        with self._lock:
+            self._bad_leaves += len(bad)
+            self._first_bad = offset if self._first_bad is None else min(self._first_bad, offset)
+
+
+def _records_in(client: NbdClient, piece: Extent, check: Callable[[], None]) -> Iterator[tuple[int, bytes]]:
+    """Yield (leaf, record) of every leaf of `piece` that is not a hole."""
+    buffer = memoryview(bytearray(REQUEST_BYTES))
+    for request in pieces(_allocated(client, piece), REQUEST_BYTES):
+        check()
+        content = buffer[: request.length]
+        client.read_into(request.start, content)
+        for leaf in pieces([request], LEAF_BYTES):
+            start = leaf.start - request.start
+            yield leaf.start // LEAF_BYTES, record_of(content[start : start + leaf.length])
+
+
+def _allocated(client: NbdClient, piece: Extent) -> tuple[Extent, ...]:
+    """Return the leaves of `piece` that the server does not promise to be zero."""
+    data: list[Extent] = []
+    start = piece.start
+    for length, flags in client.block_status(piece.start, piece.length):
+        if not flags & ZERO:
+            data.append(Extent(start=start, length=length))
+        start += length
+    return leaf_aligned(data, size=piece.end)

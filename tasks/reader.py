@@ -1,0 +1,56 @@
+"""What a reader of disk bytes is; every road out of vSphere has this shape."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Protocol, Self
+
+from tasks.models import Extent
+
+
+class TransientFault(Exception):
+    """The source failed in a way that a new request may survive; the copy loop decides how often to try.
+
+    `wait_s`: how long the source itself asked to be left alone (HTTP `Retry-After`), in seconds.
+    """
+
+    def __init__(self, why: str, *, wait_s: float = 0.0) -> None:
+        super().__init__(why)
+        self.wait_s = wait_s
+
+
+class Reader(Protocol):
+    """One disk as a source of bytes; a context manager, used as
+
+        with FolderReader(…) as reader:
+            for offset, buffer in reader.stream(Extent(start=0, length=reader.size)):
+                …
+
+    size: capacity in bytes. depth: how many threads may call `stream` at once.
+    preferred_extent_bytes: how much to ask for in one `stream`; a multiple of 256 KiB.
+    road: the name of the road taken, for logs and manifest. source: what is read, for messages.
+    Entering raises a class of `tasks.errors` where the disk cannot be read: before the first byte, by name.
+    """
+
+    size: int
+    depth: int
+    preferred_extent_bytes: int
+    road: str
+    source: str
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def stream(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
+        """Yield `(offset, buffer)`, in any order, covering `extent` once; a buffer is good until the next is asked for.
+
+        Closing the generator ends the request.
+
+        One attempt: raises TransientFault where asking again may help, a class of `tasks.errors` where it will not.
+        """
+        ...
+
+    def interrupt(self) -> None:
+        """Wake every thread that waits in `stream`, from another thread; the reader is good only for leaving then."""
+        ...

@@ -1,0 +1,271 @@
+"""Reading a flat extent over HTTPS: `https://<vCenter or host>/folder/<path>?dcPath=<dc>&dsName=<ds>`, by ranges.
+
+The session belongs to somebody else: a cookie is asked for, and a new one when it has died. What the road
+cannot read is named on entering, with the road that would.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import Any, NoReturn, Self
+from urllib.parse import quote
+from weakref import WeakSet
+
+import httpx
+from tenacity import (
+    Retrying,
+    retry_if_exception_type,
+    retry_if_not_exception_type,
+    stop_after_attempt,
+    wait_exponential_jitter,
+)
+
+from tasks import tls
+from tasks.errors import ConnectionFailed, FileLocked, PermissionMissing, SessionExpired, UnsupportedDisk
+from tasks.models import SECTOR_BYTES, Connection, Extent, Value
+from tasks.reader import TransientFault
+
+TIMEOUT_S = 10.0  # of connecting, of a read and of a write: longer than a stun of the VM, shorter than patience
+DEPTH = 4  # connections: one gave 445 Mbit/s from an ESXi host, eight 730
+PROBE_ATTEMPTS = 4
+LONGEST_RETRY_AFTER_S = 30.0
+TRANSIENT = (408, 429, 500, 502, 503, 504)
+
+OTHER_ROADS = "The roads vddk and nfc_lease read such a disk"
+UNLOCK = (
+    "A host keeps a running VM's disks to itself: copy from a snapshot, or power the VM off; "
+    "where the base under a snapshot is locked too (ESXi 8 on VMFS), take the road vddk or nfc_lease"
+)
+
+_log = logging.getLogger(__name__)
+_DATASTORE_PATH = re.compile(r"\[(?P<datastore>.+?)\] ?(?P<path>.+)\.vmdk", re.DOTALL)
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+
+
+class FolderDisk(Value):
+    """A disk whose bytes lie in one flat file.
+
+    datacenter_path: inventory path as vSphere stores it (`/Folder/DC%2f1`). datastore_path: `[ds] dir/x.vmdk`.
+    """
+
+    connection: Connection
+    datacenter_path: str
+    datastore_path: str
+    capacity_bytes: int
+
+    def flat_url(self) -> httpx.URL:
+        """Return the URL of `x-flat.vmdk`, every name quoted once. Raises UnsupportedDisk for another path."""
+        match = _DATASTORE_PATH.fullmatch(self.datastore_path)
+        if not match:
+            raise UnsupportedDisk(
+                disk=self.datastore_path, reason="that is no datastore path of a .vmdk", remedy=OTHER_ROADS
+            )
+        path = quote(f"{match['path']}-flat.vmdk")
+        datacenter, datastore = quote(self.datacenter_path.strip("/"), safe=""), quote(match["datastore"], safe="")
+        return httpx.URL(f"https://{self.connection.address}/folder/{path}?dcPath={datacenter}&dsName={datastore}")
+
+
+class FolderReader:
+    """A flat extent behind `/folder`. See `tasks.reader.Reader`.
+
+    cookie: returns the session's cookie (`vmware_soap_session="…"`). renew: given a cookie that was refused, returns
+    one that lives; several threads may call it at once. Entering asks for one sector, and raises FileLocked,
+    UnsupportedDisk, PermissionMissing, SessionExpired or another ConnectionFailed.
+    Rests on "HTTP Access to vSphere Server Files", vSphere Web Services SDK Programming Guide.
+    """
+
+    preferred_extent_bytes = 32 * 1024 * 1024
+    road = "folder"
+
+    def __init__(
+        self, disk: FolderDisk, *, cookie: Callable[[], str], renew: Callable[[str], str], depth: int = DEPTH
+    ) -> None:
+        self.size = disk.capacity_bytes
+        self.source = disk.datastore_path
+        self.depth = depth
+        self._disk, self._url = disk, disk.flat_url()
+        self._cookie, self._renew = cookie, renew
+        self._sockets = _Sockets()
+
+    def __enter__(self) -> Self:
+        self._client = _client(tls.context_for(self._disk.connection), self.depth)
+        try:
+            self._probe()
+        except BaseException:
+            self._client.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            self._client.close()
+        except (OSError, httpx.HTTPError) as error:
+            _log.warning("closing a source failed source=%r error=%s", self.source, type(error).__name__)
+
+    def stream(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
+        """Yield the bytes of `extent` in order, by one request. Raises TransientFault, or as on entering."""
+        offset = extent.start
+        with self._get(extent) as response:
+            _check_range(response, self._disk, extent)
+            # without a size: httpx's rechunker halves the speed
+            for chunk in response.iter_raw():
+                if offset + len(chunk) > extent.end:
+                    raise self._unsupported("the server sends more than it was asked for")
+                yield offset, memoryview(chunk)
+                offset += len(chunk)
+        if offset != extent.end:
+            raise TransientFault(f"the reply ended at byte {offset} of {extent.end}")
+
+    def interrupt(self) -> None:
+        """Shut every connection down: what waits for one fails at once, with TransientFault."""
+        self._sockets.shut_down()
+
+    def _probe(self) -> None:
+        """Ask for the first sector. A busy server is asked a few times; a file that no request opens is named."""
+        sector = Extent(start=0, length=min(SECTOR_BYTES, self.size))
+        patience = Retrying(
+            retry=retry_if_exception_type(TransientFault) & retry_if_not_exception_type(_ServerError),
+            stop=stop_after_attempt(PROBE_ATTEMPTS),
+            wait=wait_exponential_jitter(0.5, 5.0),
+            reraise=True,
+        )
+        try:
+            patience(lambda: [None for _ in self.stream(sector)])
+        except _ServerError as fault:
+            raise FileLocked(path=f"{self.source} (its flat file)", remedy=UNLOCK) from fault
+        except TransientFault as fault:
+            raise ConnectionFailed(host=self._disk.connection.address, why=str(fault)) from fault
+
+    @contextmanager
+    def _get(self, extent: Extent) -> Iterator[httpx.Response]:
+        """Send the request, with a new session where the old one has died; yield the reply that is no refusal."""
+        cookie = self._cookie()
+        with self._errors(), self._send(extent, cookie) as response:
+            if response.status_code != httpx.codes.UNAUTHORIZED:
+                self._refuse(response)
+                yield response
+                return
+        _log.info("session refused, asking for a new one source=%r", self.source)
+        with self._errors(), self._send(extent, self._renew(cookie)) as response:
+            self._refuse(response)
+            yield response
+
+    @contextmanager
+    def _send(self, extent: Extent, cookie: str) -> Iterator[httpx.Response]:
+        headers = {"Range": f"bytes={extent.start}-{extent.end - 1}", "Cookie": cookie.partition(";")[0]}
+        extensions = {"trace": self._sockets.trace}
+        with self._client.stream("GET", self._url, headers=headers, extensions=extensions) as response:
+            yield response
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Map what httpx raises: a certificate that does not verify is a class of ours, all else may pass."""
+        try:
+            yield
+        except httpx.TransportError as error:
+            certificate = _certificate_error(error)
+            if certificate:
+                raise tls.untrusted(self._disk.connection, certificate) from error
+            raise TransientFault(f"{type(error).__name__}: {error}".rstrip(": ")) from error
+
+    def _refuse(self, response: httpx.Response) -> None:
+        """Raise what a status other than 200, 206 and 416 means."""
+        status = response.status_code
+        host, datastore = self._disk.connection.address, self.source.partition("]")[0].lstrip("[")
+        if status == httpx.codes.UNAUTHORIZED:
+            raise SessionExpired(host=host)
+        if status == httpx.codes.FORBIDDEN:
+            privilege = "Datastore.FileManagement (and Datastore.Browse)"
+            raise PermissionMissing(privilege=privilege, object=f"datastore {datastore}")
+        if status == httpx.codes.NOT_FOUND:
+            raise self._unsupported("it has no flat file (as on vSAN and vVol, or sparse), or it was moved or deleted")
+        if status == httpx.codes.INTERNAL_SERVER_ERROR:
+            raise _ServerError("status 500")
+        if status in TRANSIENT:
+            raise TransientFault(f"status {status}", wait_s=_retry_after(response))
+        if response.is_redirect:
+            raise ConnectionFailed(host=host, why=f"it redirects elsewhere (status {status}), which is not followed")
+        if status not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT, httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE):
+            raise ConnectionFailed(host=host, why=f"status {status} for {self.source}")
+
+    def _unsupported(self, reason: str) -> UnsupportedDisk:
+        return UnsupportedDisk(disk=self.source, reason=reason, remedy=OTHER_ROADS)
+
+
+class _ServerError(TransientFault):
+    """A bare 500: on the first request a file that is locked, later perhaps something that passes."""
+
+
+class _Sockets:
+    """Every socket that the client opened, so that another thread can shut them down."""
+
+    def __init__(self) -> None:
+        self._open: WeakSet[socket.socket] = WeakSet()
+        self._lock = threading.Lock()
+
+    def trace(self, event: str, info: dict[str, Any]) -> None:
+        """Called by httpcore for each of its steps (https://www.encode.io/httpcore/extensions/#trace)."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            with self._lock:
+                self._open.add(info["return_value"].get_extra_info("socket"))
+
+    def shut_down(self) -> None:
+        with self._lock:
+            sockets = list(self._open)
+        for each in sockets:
+            with suppress(OSError):
+                socket.socket.shutdown(each, socket.SHUT_RDWR)  # not SSLSocket's own, which drops the TLS state
+
+
+def _client(context: ssl.SSLContext, connections: int) -> httpx.Client:
+    """No proxy and no netrc of the environment, no redirects, no cookies but the one that is given."""
+    return httpx.Client(
+        verify=context,
+        trust_env=False,
+        timeout=TIMEOUT_S,
+        limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+        headers={"Accept-Encoding": "identity"},
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+    )
+
+
+def _check_range(response: httpx.Response, disk: FolderDisk, extent: Extent) -> None:
+    """Raise UnsupportedDisk unless the reply is exactly what was asked for, of a file of the disk's capacity."""
+    match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
+        _refused(disk, f"its flat file is shorter than the disk's {disk.capacity_bytes} bytes")
+    if response.status_code != httpx.codes.PARTIAL_CONTENT or not match:
+        _refused(disk, "the server ignores Range requests")
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        _refused(disk, f"the server encodes what it sends ({response.headers['Content-Encoding']})")
+    first, last, total = map(int, match.groups())
+    if total != disk.capacity_bytes:
+        _refused(disk, f"its flat file has {total} bytes, the disk {disk.capacity_bytes}")
+    if (first, last) != (extent.start, extent.end - 1):
+        _refused(disk, f"the server sent bytes {first}-{last} for {extent.start}-{extent.end - 1}")
+
+
+def _refused(disk: FolderDisk, reason: str) -> NoReturn:
+    raise UnsupportedDisk(disk=disk.datastore_path, reason=reason, remedy=OTHER_ROADS)
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Return the seconds of a Retry-After header, bounded; its other form, a date, counts as none."""
+    text = response.headers.get("Retry-After", "")
+    return min(float(text), LONGEST_RETRY_AFTER_S) if text.isdecimal() else 0.0
+
+
+def _certificate_error(error: BaseException) -> ssl.SSLCertVerificationError | None:
+    cause: BaseException | None = error
+    while cause:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
