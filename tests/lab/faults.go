@@ -1,0 +1,293 @@
+// Faults for `POST /faults`. One body may hold any of these; counts default to 1, 0 or less means "until cleared":
+//
+//	{"expire_sessions": true}              every live session is dead at once; a new login works
+//	{"expire_forever": true}               that, and every later login answers InvalidLogin
+//	{"folder_503": 3}                      the next 3 /folder replies are 503
+//	{"cut_after": 65536, "count": 2}       the next 2 GET replies with disk data end after so many bytes of body
+//	{"stall_s": 5, "count": 1}             the next GET reply with disk data hangs that long in mid-body
+//	{"throttle_bytes_per_s": 1048576}      each body with disk data is served at that pace; 0 ends it
+//	{"fail_method": {"method": "CreateSnapshot_Task", "fault": "InsufficientResourcesFault", "count": 1,
+//	                 "in_task": true, "message": "…", "detail": {…}}}
+//	                                       the call fails, or with in_task (the methods in taskMethods) its task;
+//	                                       detail: fields of the fault, named as in the vSphere API
+//	{"refuse_privilege": "Datastore.Browse"}   calls that need it answer NoPermission, /folder 403; see privileges
+//	{"clear": true}                        ends all of these first
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"reflect"
+	"slices"
+	"sync"
+
+	"github.com/vmware/govmomi/simulator"
+	"github.com/vmware/govmomi/vim25/types"
+)
+
+type faultRequest struct {
+	Clear           bool        `json:"clear"`
+	ExpireSessions  bool        `json:"expire_sessions"`
+	ExpireForever   bool        `json:"expire_forever"`
+	Folder503       *int        `json:"folder_503"`
+	CutAfter        *int64      `json:"cut_after"`
+	StallS          *float64    `json:"stall_s"`
+	Count           *int        `json:"count"`
+	Throttle        *int64      `json:"throttle_bytes_per_s"`
+	FailMethod      *failMethod `json:"fail_method"`
+	RefusePrivilege string      `json:"refuse_privilege"`
+}
+
+type failMethod struct {
+	Method  string          `json:"method"`
+	Fault   string          `json:"fault"`
+	Count   *int            `json:"count"`
+	InTask  bool            `json:"in_task"`
+	Message string          `json:"message"`
+	Detail  json.RawMessage `json:"detail"`
+}
+
+// taskMethods can fail in their task.
+var taskMethods = []string{
+	"CreateSnapshot_Task", "CreateSnapshotEx_Task", "RemoveSnapshot_Task", "RemoveAllSnapshots_Task",
+}
+
+// privileges that can be refused, with the methods that need them (vSphere Web Services API, "Required Privileges").
+var privileges = map[string][]string{
+	"VirtualMachine.State.CreateSnapshot":    {"CreateSnapshot_Task", "CreateSnapshotEx_Task"},
+	"VirtualMachine.State.RemoveSnapshot":    {"RemoveSnapshot_Task", "RemoveAllSnapshots_Task"},
+	"VirtualMachine.Config.ChangeTracking":   {"ReconfigVM_Task"},
+	"VirtualMachine.Interact.PowerOff":       {"PowerOffVM_Task"},
+	"VirtualMachine.Interact.PowerOn":        {"PowerOnVM_Task"},
+	"Datastore.Browse":                       {"SearchDatastore_Task", "SearchDatastoreSubFolders_Task"},
+	"Datastore.FileManagement":               {"DeleteDatastoreFile_Task", "MoveDatastoreFile_Task"},
+	"VirtualMachine.Provisioning.GetVmFiles": {},
+}
+
+// folderPrivileges refuse /folder too.
+var folderPrivileges = []string{"Datastore.Browse", "Datastore.FileManagement"}
+
+// countdown is a fault that is used up.
+type countdown struct {
+	left    int
+	forever bool
+}
+
+func newCountdown(n *int) countdown {
+	if n == nil {
+		return countdown{left: 1}
+	}
+	return countdown{left: *n, forever: *n <= 0}
+}
+
+func (c *countdown) take() bool {
+	if c.forever {
+		return true
+	}
+	if c.left <= 0 {
+		return false
+	}
+	c.left--
+	return true
+}
+
+type taskFault struct {
+	countdown
+	method string
+	fault  types.BaseMethodFault
+}
+
+type faults struct {
+	mu         sync.Mutex
+	lab        *lab
+	noLogin    bool
+	folder503  countdown
+	cut        countdown
+	cutAfter   int64
+	stall      countdown
+	stallS     float64
+	throttle   int64
+	refused    map[string]bool
+	taskFaults []*taskFault
+}
+
+func newFaults(l *lab) *faults { return &faults{lab: l, refused: map[string]bool{}} }
+
+// set takes one request, whole or not at all.
+func (f *faults) set(r faultRequest) error {
+	fault, err := f.check(r)
+	if err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if r.Clear {
+		f.clear()
+	}
+	if r.Folder503 != nil {
+		f.folder503 = countdown{left: *r.Folder503}
+	}
+	if r.CutAfter != nil {
+		f.cutAfter, f.cut = *r.CutAfter, newCountdown(r.Count)
+	}
+	if r.StallS != nil {
+		f.stallS, f.stall = *r.StallS, newCountdown(r.Count)
+	}
+	if r.Throttle != nil {
+		f.throttle = *r.Throttle
+	}
+	if r.RefusePrivilege != "" {
+		f.refused[r.RefusePrivilege] = true
+	}
+	if r.FailMethod != nil {
+		f.failMethod(*r.FailMethod, fault)
+	}
+	f.noLogin = f.noLogin || r.ExpireForever
+	if r.ExpireForever || r.ExpireSessions {
+		f.lab.expireSessions()
+	}
+	return nil
+}
+
+func (f *faults) clear() {
+	f.noLogin, f.throttle = false, 0
+	f.folder503, f.cut, f.stall = countdown{}, countdown{}, countdown{}
+	f.refused, f.taskFaults = map[string]bool{}, nil
+	f.lab.model.Service.ClearFaultRules()
+}
+
+// check refuses what cannot be played, and builds the fault of fail_method.
+func (f *faults) check(r faultRequest) (types.BaseMethodFault, error) {
+	if _, known := privileges[r.RefusePrivilege]; !known && r.RefusePrivilege != "" {
+		return nil, fmt.Errorf("refuse_privilege: no privilege %q here", r.RefusePrivilege)
+	}
+	if r.FailMethod == nil {
+		return nil, nil
+	}
+	if _, known := types.TypeFunc()(r.FailMethod.Method); !known {
+		return nil, fmt.Errorf("fail_method: no method %q", r.FailMethod.Method)
+	}
+	if r.FailMethod.InTask && !slices.Contains(taskMethods, r.FailMethod.Method) {
+		return nil, fmt.Errorf("fail_method: in_task is for %v", taskMethods)
+	}
+	return newFault(r.FailMethod.Fault, r.FailMethod.Detail)
+}
+
+// newFault makes the vSphere fault of that name.
+func newFault(name string, detail json.RawMessage) (types.BaseMethodFault, error) {
+	kind, known := types.TypeFunc()(name)
+	if !known {
+		return nil, fmt.Errorf("fail_method: no fault %q", name)
+	}
+	fault, ok := reflect.New(kind).Interface().(types.BaseMethodFault)
+	if !ok {
+		return nil, fmt.Errorf("fail_method: %q is not a fault", name)
+	}
+	if len(detail) > 0 {
+		if err := json.Unmarshal(detail, fault); err != nil {
+			return nil, fmt.Errorf("fail_method: detail: %w", err)
+		}
+	}
+	fillReferences(reflect.ValueOf(fault).Elem())
+	return fault, nil
+}
+
+// fillReferences gives references that a fault must carry a value: clients choke on an empty type.
+func fillReferences(v reflect.Value) {
+	for i := range v.NumField() {
+		field := v.Field(i)
+		if ref, ok := field.Interface().(types.ManagedObjectReference); ok && ref.Type == "" {
+			ref = types.ManagedObjectReference{Type: "VirtualMachine", Value: "vm-0"}
+			if v.Type().Field(i).Name == "Task" {
+				ref = types.ManagedObjectReference{Type: "Task", Value: "task-0"}
+			}
+			field.Set(reflect.ValueOf(ref))
+		} else if field.Kind() == reflect.Struct {
+			fillReferences(field)
+		}
+	}
+}
+
+func (f *faults) failMethod(r failMethod, fault types.BaseMethodFault) {
+	count := newCountdown(r.Count)
+	if r.InTask {
+		f.taskFaults = append(f.taskFaults, &taskFault{countdown: count, method: r.Method, fault: fault})
+		return
+	}
+	f.lab.model.Service.AddFaultRule(&simulator.FaultInjectionRule{
+		MethodName: r.Method, ObjectType: "*", ObjectName: "*", Probability: 1, Enabled: true,
+		FaultType: simulator.FaultTypeCustom, Fault: fault, Message: r.Message, MaxCount: max(count.left, 0),
+	})
+}
+
+// takeTaskFault is the fault that the next task of method ends in, if any.
+func (f *faults) takeTaskFault(method string) types.BaseMethodFault {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, t := range f.taskFaults {
+		if t.method == method && t.take() {
+			return t.fault
+		}
+	}
+	return nil
+}
+
+// onCall is the fault a SOAP call meets before the simulator sees it.
+func (f *faults) onCall(method *simulator.Method) types.BaseMethodFault {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.noLogin && method.Name == "Login" {
+		return &types.InvalidLogin{}
+	}
+	for p := range f.refused {
+		if slices.Contains(privileges[p], method.Name) {
+			return &types.NoPermission{Object: f.lab.guarded(method), PrivilegeId: p}
+		}
+	}
+	return nil
+}
+
+// guarded is the object whose permissions count for a call: for a snapshot, its VM.
+func (l *lab) guarded(method *simulator.Method) *types.ManagedObjectReference {
+	if s, ok := l.ctx.Map.Get(method.This).(*simulator.VirtualMachineSnapshot); ok {
+		return &s.Vm
+	}
+	return &method.This
+}
+
+// folderPlan is what one /folder reply has to suffer.
+type folderPlan struct {
+	unavailable, forbidden bool
+	cutAfter               int64 // -1: not cut
+	stallS                 float64
+	throttle               int64
+}
+
+// onFolder draws the plan for a reply; data says whether it is a GET of disk data.
+func (f *faults) onFolder(data bool) folderPlan {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	plan := folderPlan{cutAfter: -1}
+	for _, p := range folderPrivileges {
+		plan.forbidden = plan.forbidden || f.refused[p]
+	}
+	if plan.unavailable = f.folder503.take(); plan.unavailable || plan.forbidden || !data {
+		return plan
+	}
+	plan.throttle = f.throttle
+	if f.cut.take() {
+		plan.cutAfter = f.cutAfter
+	}
+	if f.stall.take() {
+		plan.stallS = f.stallS
+	}
+	return plan
+}
+
+// expireSessions ends every session, as idle time would.
+func (l *lab) expireSessions() {
+	manager := l.ctx.Map.SessionManager()
+	for _, s := range l.sessions() {
+		manager.TerminateSession(l.ctx, &types.TerminateSession{This: manager.Self, SessionId: []string{s.Key}})
+	}
+}

@@ -1,0 +1,181 @@
+// The lab: one simulator with everything the other files hang on it.
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/google/uuid"
+	"github.com/vmware/govmomi/simulator"
+	"github.com/vmware/govmomi/vim25"
+	"github.com/vmware/govmomi/vim25/types"
+)
+
+// lab is a running vCenter (or ESXi host) to test with.
+type lab struct {
+	opts     options
+	scenario *scenario
+	model    *simulator.Model
+	ctx      *simulator.Context // for our own dealings with the simulator
+	client   *vim25.Client      // calls in process, not counted
+	internal string             // session key of that client
+	certs    *certificates
+	server   *simulator.Server
+	admin    *http.Server
+	adminURL string
+
+	state     string // holds the datastores
+	stateOurs bool   // a temporary directory, ours to remove
+	scratch   string // files nobody but us reads
+
+	datacenters []*datacenter
+	machines    map[types.ManagedObjectReference]*machine
+	order       []*machine // as in the scenario
+
+	stats   *stats
+	faults  *faults
+	tickets sync.Map // service ticket → session key
+	loads   sync.Map // diskID → stop function of a running guest-load
+	stopped chan struct{}
+
+	wrapperMu sync.Mutex
+	wrappers  map[types.ManagedObjectReference][]*simulator.Registry
+}
+
+func newLab(o options) (*lab, error) {
+	l := &lab{
+		opts: o, stats: newStats(), stopped: make(chan struct{}),
+		machines: map[types.ManagedObjectReference]*machine{},
+		wrappers: map[types.ManagedObjectReference][]*simulator.Registry{},
+	}
+	l.faults = newFaults(l)
+	var err error
+	if o.scenario != "" {
+		l.scenario, err = loadScenario(o.scenario)
+	} else {
+		l.scenario, err = flagScenario(o)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return l, l.scenario.complete()
+}
+
+// start builds the inventory and opens both ports.
+func (l *lab) start() error {
+	if err := l.openState(); err != nil {
+		return err
+	}
+	if err := l.build(); err != nil {
+		return err
+	}
+	if err := l.serve(); err != nil {
+		return err
+	}
+	return l.serveAdmin()
+}
+
+// build makes the simulator and its inventory.
+func (l *lab) build() error {
+	l.model = simulator.VPX()
+	l.model.Datacenter, l.model.Datastore, l.model.Machine = 0, 0, 0
+	l.model.ServiceContent.About.InstanceUuid = uuid.NewString()
+	if err := l.model.Create(); err != nil {
+		return err
+	}
+	l.ctx = l.model.Service.Context
+	l.ctx.Map.AddHandler(&powerWatch{lab: l})
+	l.ctx.Map.Handler = l.learnInternalSession
+	var err error
+	if l.client, err = vim25.NewClient(context.Background(), l.model.Service); err != nil {
+		return err
+	}
+	l.ctx.Map.Handler = l.handle
+	return l.buildInventory()
+}
+
+// serve opens the vCenter's port.
+func (l *lab) serve() error {
+	// NewServer panics where it cannot listen: look first.
+	probe, err := net.Listen("tcp", l.opts.listen)
+	if err != nil {
+		return err
+	}
+	probe.Close()
+	host, _, err := net.SplitHostPort(l.opts.listen)
+	if err != nil {
+		return err
+	}
+	if l.certs, err = newCertificates(host); err != nil {
+		return err
+	}
+	service := l.model.Service
+	service.Listen = &url.URL{Host: l.opts.listen, User: url.UserPassword(l.opts.username, l.opts.password)}
+	service.TLS = &tls.Config{Certificates: []tls.Certificate{l.certs.leaf}}
+	l.server = service.NewServer()
+	l.server.Config.Handler = l.front(l.server.Config.Handler)
+	return nil
+}
+
+// close ends everything and removes what is ours.
+func (l *lab) close() {
+	close(l.stopped)
+	if l.server != nil {
+		l.server.Listener.Close()
+		l.server.CloseClientConnections()
+	}
+	if l.admin != nil {
+		l.admin.Close()
+	}
+	if l.model != nil && l.model.Service != nil {
+		l.model.Remove()
+	}
+	if l.scratch != "" {
+		os.RemoveAll(l.scratch)
+	}
+	if l.stateOurs {
+		os.RemoveAll(l.state)
+	}
+}
+
+const stateMarker = ".hyper2kvm-lab"
+
+// openState makes the state directory ready. One that was given must be empty, or be left from an earlier lab, whose
+// files are then removed; it is left as it is at the end.
+func (l *lab) openState() (err error) {
+	if l.scratch, err = os.MkdirTemp("", "hyper2kvm-lab-scratch-"); err != nil {
+		return err
+	}
+	if l.opts.state == "" {
+		l.stateOurs = true
+		l.state, err = os.MkdirTemp("", "hyper2kvm-lab-")
+		return err
+	}
+	if l.state, err = filepath.Abs(l.opts.state); err != nil {
+		return err
+	}
+	if err = os.MkdirAll(l.state, 0o755); err != nil {
+		return err
+	}
+	entries, err := os.ReadDir(l.state)
+	if err != nil {
+		return err
+	}
+	marker := filepath.Join(l.state, stateMarker)
+	if _, err = os.Stat(marker); err != nil && len(entries) > 0 {
+		return fmt.Errorf("%s: not empty, and not from an earlier lab", l.state)
+	}
+	for _, e := range entries {
+		if err = os.RemoveAll(filepath.Join(l.state, e.Name())); err != nil {
+			return err
+		}
+	}
+	return os.WriteFile(marker, nil, 0o600)
+}

@@ -1,0 +1,277 @@
+// Snapshots that freeze what they should: the simulator keeps the tree, the lab moves the disks.
+package main
+
+import (
+	"github.com/vmware/govmomi/simulator"
+	"github.com/vmware/govmomi/vim25/methods"
+	"github.com/vmware/govmomi/vim25/mo"
+	"github.com/vmware/govmomi/vim25/soap"
+	"github.com/vmware/govmomi/vim25/types"
+)
+
+// snapshot wraps the simulator's snapshot to override its removal.
+type snapshot struct {
+	*simulator.VirtualMachineSnapshot
+	m *machine
+}
+
+type taskBody func(t *simulator.Task) (types.AnyType, types.BaseMethodFault)
+
+// runTask starts body as a task on the VM, unless a fault is set to fail the next task of this method.
+func (m *machine) runTask(ctx *simulator.Context, method, name string, body taskBody) types.ManagedObjectReference {
+	fault := m.lab.faults.takeTaskFault(method)
+	task := simulator.CreateTask(m.VirtualMachine, name, func(t *simulator.Task) (types.AnyType, types.BaseMethodFault) {
+		if fault != nil {
+			return nil, fault
+		}
+		return body(t)
+	})
+	return task.Run(ctx)
+}
+
+// inner runs one of the simulator's own tasks to its end, under the lock the outer task holds.
+func inner(ctx *simulator.Context, ref types.ManagedObjectReference) (types.AnyType, types.BaseMethodFault) {
+	task := ctx.Map.Get(ref).(*simulator.Task)
+	task.Wait()
+	if task.Info.Error != nil {
+		return nil, task.Info.Error.Fault
+	}
+	return task.Info.Result, nil
+}
+
+func (m *machine) CreateSnapshotTask(ctx *simulator.Context, req *types.CreateSnapshot_Task) soap.HasFault {
+	ref := m.runTask(ctx, "CreateSnapshot_Task", "createSnapshot",
+		func(*simulator.Task) (types.AnyType, types.BaseMethodFault) {
+			return m.createSnapshot(ctx, req.Quiesce, func() types.ManagedObjectReference {
+				return m.VirtualMachine.CreateSnapshotTask(ctx, req).(*methods.CreateSnapshot_TaskBody).Res.Returnval
+			})
+		})
+	return &methods.CreateSnapshot_TaskBody{Res: &types.CreateSnapshot_TaskResponse{Returnval: ref}}
+}
+
+func (m *machine) CreateSnapshotExTask(ctx *simulator.Context, req *types.CreateSnapshotEx_Task) soap.HasFault {
+	ref := m.runTask(ctx, "CreateSnapshotEx_Task", "createSnapshotEx",
+		func(*simulator.Task) (types.AnyType, types.BaseMethodFault) {
+			return m.createSnapshot(ctx, req.QuiesceSpec != nil, func() types.ManagedObjectReference {
+				return m.VirtualMachine.CreateSnapshotExTask(ctx, req).(*methods.CreateSnapshotEx_TaskBody).Res.Returnval
+			})
+		})
+	return &methods.CreateSnapshotEx_TaskBody{Res: &types.CreateSnapshotEx_TaskResponse{Returnval: ref}}
+}
+
+// createSnapshot lets the simulator take the snapshot, then freezes the disks.
+func (m *machine) createSnapshot(
+	ctx *simulator.Context, quiesce bool, take func() types.ManagedObjectReference,
+) (types.AnyType, types.BaseMethodFault) {
+	if quiesce && m.on.Load() && m.spec.Quiesce == "fail" {
+		return nil, &types.ApplicationQuiesceFault{}
+	}
+	result, fault := inner(ctx, take())
+	if fault != nil {
+		return nil, fault
+	}
+	ref := result.(types.ManagedObjectReference)
+	m.noteDataFile(ref)
+	for _, d := range m.disks {
+		if !d.snapshotted() {
+			continue
+		}
+		if err := d.freeze(ref.Value); err != nil {
+			return nil, fileFault(d, err)
+		}
+	}
+	return ref, m.afterChange(ctx)
+}
+
+// noteDataFile remembers the name of a snapshot's .vmsn: the simulator numbers files anew, the lab does not.
+func (m *machine) noteDataFile(ref types.ManagedObjectReference) {
+	for _, s := range m.LayoutEx.Snapshot {
+		for _, f := range m.LayoutEx.File {
+			if s.Key == ref && f.Key == s.DataKey {
+				m.dataFiles[ref] = f.Name
+			}
+		}
+	}
+}
+
+func (s *snapshot) RemoveSnapshotTask(ctx *simulator.Context, req *types.RemoveSnapshot_Task) soap.HasFault {
+	m := s.m
+	ref := m.runTask(ctx, "RemoveSnapshot_Task", "removeSnapshot",
+		func(*simulator.Task) (types.AnyType, types.BaseMethodFault) {
+			gone := []types.ManagedObjectReference{s.Self}
+			if req.RemoveChildren {
+				gone = append(gone, m.descendants(s.Self)...)
+			}
+			res := s.VirtualMachineSnapshot.RemoveSnapshotTask(ctx, req).(*methods.RemoveSnapshot_TaskBody).Res
+			return m.removeSnapshots(ctx, gone, res.Returnval)
+		})
+	return &methods.RemoveSnapshot_TaskBody{Res: &types.RemoveSnapshot_TaskResponse{Returnval: ref}}
+}
+
+func (m *machine) RemoveAllSnapshotsTask(ctx *simulator.Context, req *types.RemoveAllSnapshots_Task) soap.HasFault {
+	ref := m.runTask(ctx, "RemoveAllSnapshots_Task", "removeAllSnapshots",
+		func(*simulator.Task) (types.AnyType, types.BaseMethodFault) {
+			var gone []types.ManagedObjectReference
+			if m.Snapshot != nil {
+				gone = treeRefs(m.Snapshot.RootSnapshotList)
+			}
+			res := m.VirtualMachine.RemoveAllSnapshotsTask(ctx, req).(*methods.RemoveAllSnapshots_TaskBody).Res
+			return m.removeSnapshots(ctx, gone, res.Returnval)
+		})
+	return &methods.RemoveAllSnapshots_TaskBody{Res: &types.RemoveAllSnapshots_TaskResponse{Returnval: ref}}
+}
+
+// removeSnapshots waits for the simulator's removal, then merges the disks, the youngest snapshot first.
+func (m *machine) removeSnapshots(
+	ctx *simulator.Context, gone []types.ManagedObjectReference, task types.ManagedObjectReference,
+) (types.AnyType, types.BaseMethodFault) {
+	if _, fault := inner(ctx, task); fault != nil {
+		return nil, fault
+	}
+	for i := len(gone) - 1; i >= 0; i-- {
+		for _, d := range m.disks {
+			if err := d.consolidate(gone[i].Value); err != nil {
+				return nil, fileFault(d, err)
+			}
+		}
+		m.lab.dropWrapper(ctx, gone[i])
+		ctx.Map.Remove(ctx, gone[i])
+	}
+	return nil, m.afterChange(ctx)
+}
+
+// afterChange brings backings, files and figures in line with the disks.
+func (m *machine) afterChange(ctx *simulator.Context) types.BaseMethodFault {
+	ctx.WithLock(m.VirtualMachine, func() {
+		ctx.Update(m.VirtualMachine, []types.PropertyChange{
+			{Name: "config.hardware.device", Val: m.withBackings(m.Config.Hardware.Device, "")},
+		})
+	})
+	for _, ref := range m.snapshotRefs() {
+		s := ctx.Map.Get(ref).(*simulator.VirtualMachineSnapshot)
+		s.Config.Hardware.Device = m.withBackings(s.Config.Hardware.Device, ref.Value)
+	}
+	if err := m.refresh(ctx); err != nil {
+		return &types.SystemError{RuntimeFault: types.RuntimeFault{}, Reason: err.Error()}
+	}
+	return nil
+}
+
+// withBackings copies devices with the disks' backings as they now are, or as of a snapshot.
+func (m *machine) withBackings(devices []types.BaseVirtualDevice, ref string) []types.BaseVirtualDevice {
+	out := append([]types.BaseVirtualDevice(nil), devices...)
+	for i := range out {
+		old, ok := out[i].(*types.VirtualDisk)
+		if !ok {
+			continue
+		}
+		for _, d := range m.disks {
+			if d.key != old.Key || !d.hasBytes() {
+				continue
+			}
+			at := len(d.layers) - 1
+			if ref != "" {
+				if at = d.momentIndex(ref); at < 0 {
+					continue // not part of the snapshot
+				}
+			}
+			copied := *old
+			copied.Backing = d.backing(at)
+			out[i] = &copied
+		}
+	}
+	return out
+}
+
+// momentIndex is the layer a standing snapshot froze, -1 where there is none.
+func (d *disk) momentIndex(ref string) int {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	if m := d.moments[ref]; m != nil {
+		return d.index(m.layer)
+	}
+	return -1
+}
+
+func (m *machine) snapshotRefs() []types.ManagedObjectReference {
+	if m.Snapshot == nil {
+		return nil
+	}
+	return treeRefs(m.Snapshot.RootSnapshotList)
+}
+
+// treeRefs lists a snapshot tree, parents before children.
+func treeRefs(tree []types.VirtualMachineSnapshotTree) []types.ManagedObjectReference {
+	var refs []types.ManagedObjectReference
+	for _, t := range tree {
+		refs = append(append(refs, t.Snapshot), treeRefs(t.ChildSnapshotList)...)
+	}
+	return refs
+}
+
+// descendants lists the snapshots below ref.
+func (m *machine) descendants(ref types.ManagedObjectReference) []types.ManagedObjectReference {
+	var find func(tree []types.VirtualMachineSnapshotTree) []types.ManagedObjectReference
+	find = func(tree []types.VirtualMachineSnapshotTree) []types.ManagedObjectReference {
+		for _, t := range tree {
+			if t.Snapshot == ref {
+				return treeRefs(t.ChildSnapshotList)
+			}
+			if found := find(t.ChildSnapshotList); found != nil {
+				return found
+			}
+		}
+		return nil
+	}
+	if m.Snapshot == nil {
+		return nil
+	}
+	return find(m.Snapshot.RootSnapshotList)
+}
+
+// RevertToSnapshotTask and RevertToCurrentSnapshotTask are refused: the lab keeps no tree of deltas.
+func (s *snapshot) RevertToSnapshotTask(*simulator.Context, *types.RevertToSnapshot_Task) soap.HasFault {
+	return &methods.RevertToSnapshot_TaskBody{Fault_: simulator.Fault("not played by the lab", &types.NotSupported{})}
+}
+
+func (m *machine) RevertToCurrentSnapshotTask(
+	*simulator.Context, *types.RevertToCurrentSnapshot_Task,
+) soap.HasFault {
+	return &methods.RevertToCurrentSnapshot_TaskBody{
+		Fault_: simulator.Fault("not played by the lab", &types.NotSupported{}),
+	}
+}
+
+// RefreshStorageInfo looks at the files again.
+func (m *machine) RefreshStorageInfo(ctx *simulator.Context, _ *types.RefreshStorageInfo) soap.HasFault {
+	body := new(methods.RefreshStorageInfoBody)
+	if err := m.refresh(ctx); err != nil {
+		body.Fault_ = simulator.Fault(err.Error(), &types.SystemError{Reason: err.Error()})
+		return body
+	}
+	body.Res = new(types.RefreshStorageInfoResponse)
+	return body
+}
+
+func fileFault(d *disk, err error) types.BaseMethodFault {
+	fault := &types.FileFault{File: d.backingName()}
+	fault.FaultMessage = []types.LocalizableMessage{{Key: "lab", Message: err.Error()}}
+	return fault
+}
+
+// wrapper is what the session sees in place of ref: our overrides, or nil.
+func (l *lab) wrapper(ref types.ManagedObjectReference) mo.Reference {
+	switch ref.Type {
+	case "VirtualMachine":
+		if m := l.machines[ref]; m != nil {
+			return m
+		}
+	case "VirtualMachineSnapshot":
+		if s, ok := l.ctx.Map.Get(ref).(*simulator.VirtualMachineSnapshot); ok {
+			if m := l.machines[s.Vm]; m != nil {
+				return &snapshot{VirtualMachineSnapshot: s, m: m}
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,114 @@
+// Counters for `/stats`.
+package main
+
+import (
+	"sync"
+
+	"github.com/vmware/govmomi/simulator"
+	"github.com/vmware/govmomi/vim25/types"
+)
+
+type stats struct {
+	mu            sync.Mutex
+	soapCalls     map[string]int64
+	soapTotal     int64
+	logins        int64
+	loginAttempts int64
+	requests      map[string]int64
+	bytes         map[string]int64
+	served        int64            // disk bytes by any road
+	open          map[string]int64 // transfers now, by host
+	peak          map[string]int64
+}
+
+func newStats() *stats {
+	s := &stats{open: map[string]int64{}}
+	s.reset()
+	return s
+}
+
+// reset zeroes the counters; transfers under way are the new peak.
+func (s *stats) reset() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.soapCalls, s.requests, s.bytes = map[string]int64{}, map[string]int64{}, map[string]int64{}
+	s.soapTotal, s.logins, s.loginAttempts, s.served = 0, 0, 0, 0
+	s.peak = map[string]int64{}
+	for host, n := range s.open {
+		if n > 0 {
+			s.peak[host] = n
+		}
+	}
+}
+
+func (s *stats) soap(method string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.soapCalls[method]++
+	s.soapTotal++
+	switch method {
+	case "Login", "LoginByToken", "LoginExtensionByCertificate":
+		s.loginAttempts++
+	}
+}
+
+func (s *stats) loggedIn() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.logins++
+}
+
+func (s *stats) http(path string, n int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.requests[path]++
+	s.bytes[path] += n
+}
+
+func (s *stats) diskBytes(n int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.served += n
+}
+
+// transfer notes a transfer from host; the returned function ends it.
+func (s *stats) transfer(host string) func() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.open[host]++
+	s.peak[host] = max(s.peak[host], s.open[host])
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.open[host]--
+	}
+}
+
+// report is the body of `/stats`.
+func (l *lab) report() map[string]any {
+	sessions, snapshots := len(l.sessions()), len(l.ctx.Map.AllReference("VirtualMachineSnapshot"))
+	s := l.stats
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return map[string]any{
+		"soap_calls": copyMap(s.soapCalls), "soap_total": s.soapTotal,
+		"logins": s.logins, "login_attempts": s.loginAttempts,
+		"http_requests": copyMap(s.requests), "http_bytes": copyMap(s.bytes),
+		"live_sessions": sessions, "open_snapshots": snapshots,
+		"bytes_served": s.served, "peak_transfers": copyMap(s.peak),
+	}
+}
+
+func copyMap(m map[string]int64) map[string]int64 {
+	out := make(map[string]int64, len(m))
+	for k, v := range m {
+		out[k] = v
+	}
+	return out
+}
+
+// sessions lists the sessions logged in and neither logged out nor expired.
+func (l *lab) sessions() []types.UserSession {
+	view := l.ctx.Session.Get(l.ctx.Map.SessionManager().Self).(*simulator.SessionManager)
+	return view.SessionList
+}
