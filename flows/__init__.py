@@ -1,0 +1,1 @@
+"""Which steps make a mode, in order. One file a mode."""

@@ -1,0 +1,252 @@
+"""The command line: the source document's flags, turned into flow parameters.
+
+What needs Prefect is imported where it is used: `--help` and `list-vms` start without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json as jsonlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from cyclopts import App, Parameter
+from pydantic import ValidationError
+from rich.console import Console
+
+from hyper2kvm import __version__
+from hyper2kvm.settings import Settings, password_from
+from hyper2kvm.terminal import Board, show_error, stderr, summary
+from tasks.errors import Hyper2KvmError, InvalidInput, NotBuilt
+from tasks.models import ExportOptions, Manifest
+
+LATER_ACTIONS = ("download-vm", "vddk-export", "cbt-sync", "preflight", "verify", "boot-check")
+INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
+
+T = TypeVar("T")
+
+app = App(
+    name="hyper2kvm",
+    help="Takes virtual machines out of VMware vSphere and lands them, verified, on KVM.",
+    version=__version__,
+    help_format="plaintext",
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0 only where what was asked for was done and verified."""
+    outcome = app(argv, result_action="return_value", exit_on_error=True)
+    return outcome if isinstance(outcome, int) else 0
+
+
+@app.command
+def vsphere(
+    glob: str = "*",
+    /,
+    *,
+    vs_action: str,
+    vcenter: str,
+    username: str,
+    password_file: Path | None = None,
+    port: int | None = None,
+    ca_file: str | None = None,
+    thumbprint: str | None = None,
+    no_verify: Annotated[bool, Parameter(negative=())] = False,
+    vs_vm_name: str | None = None,
+    output_dir: Path | None = None,
+    format: str = "qcow2",
+    transport: str = "auto",
+    quiesce: Annotated[bool, Parameter(negative=())] = False,
+    allow_crash_consistent: Annotated[bool, Parameter(negative=())] = False,
+    vs_snapshot_moref: str | None = None,
+    parallel_disks: int = 2,
+    skip_readback: Annotated[bool, Parameter(negative=())] = False,
+    json: Annotated[bool, Parameter(negative=())] = False,
+    debug: Annotated[bool, Parameter(negative=())] = False,
+    vddk_libdir: Annotated[Path | None, Parameter(show=False)] = None,
+) -> int:
+    """Work on the VMs of a vCenter or ESXi host.
+
+    Parameters
+    ----------
+    glob
+        With list-vms: only VMs whose name or inventory path matches.
+    vs_action
+        export-vm or list-vms.
+    vcenter
+        Name or address; host:port is understood.
+    username
+        Account to log in with.
+    password_file
+        File whose first line is the password; else VCENTER_PASSWORD, else a prompt.
+    port
+        HTTPS port, 443 where not said.
+    ca_file
+        PEM file of the CAs to trust; else VCENTER_CA_FILE, else the system's.
+    thumbprint
+        SHA-256 or SHA-1 thumbprint to pin; else VCENTER_THUMBPRINT.
+    no_verify
+        Do not verify the certificate: anybody in between can read the password and change the disks.
+    vs_vm_name
+        Name, inventory path, moref or UUID of the VM.
+    output_dir
+        Folder in which one named after the VM is made.
+    format
+        qcow2 or raw.
+    transport
+        Road of the disks' bytes: auto or folder.
+    quiesce
+        Have VMware Tools flush the guest's file systems before the snapshot.
+    allow_crash_consistent
+        Where quiescing fails, take a crash-consistent snapshot, and say so.
+    vs_snapshot_moref
+        Copy from this snapshot, which exists, and leave it alone.
+    parallel_disks
+        Disks copied side by side.
+    skip_readback
+        Do not read the images back to verify them; the report says so.
+    json
+        Print the result (or the error) as JSON on stdout.
+    debug
+        Show the run's log, and tracebacks.
+    """
+    options = {
+        "vm_name": vs_vm_name,
+        "output_dir": output_dir,
+        "transport": transport,
+        "format": format,
+        "quiesce": quiesce,
+        "allow_crash_consistent": allow_crash_consistent,
+        "snapshot_moref": vs_snapshot_moref,
+        "parallel_disks": parallel_disks,
+        "skip_readback": skip_readback,
+    }
+
+    def settings() -> Settings:
+        return Settings(
+            host=vcenter,
+            username=username,
+            password=password_from(password_file, username=username, host=vcenter),
+            port=port,
+            ca_file=ca_file,
+            thumbprint=thumbprint,
+            verify=not no_verify,
+        )
+
+    def act() -> int:
+        if vs_action == "export-vm":
+            return _export(_checked(options), settings(), json=json)
+        if vs_action == "list-vms":
+            return _list(glob, settings(), json=json)
+        if vs_action in LATER_ACTIONS:
+            raise NotBuilt(what=f"--vs-action {vs_action}", instead="export-vm or list-vms")
+        raise InvalidInput(what="--vs-action", why=f"unknown {vs_action!r}", remedy="Use export-vm or list-vms")
+
+    _quiet_logs(debug)
+    return _at_the_edge(act, json=json, debug=debug)
+
+
+def _checked(options: dict[str, Any]) -> ExportOptions:
+    for flag, field in (("--vs-vm-name", "vm_name"), ("--output-dir", "output_dir")):
+        if options[field] is None:
+            raise InvalidInput(what=flag, why="export-vm needs it", remedy="See --help")
+    return ExportOptions(**options)
+
+
+def _list(glob: str, settings: Settings, *, json: bool) -> int:
+    """Print the VMs that match, page by page: path, moref, power; with `json` one object a line."""
+    from tasks.vsphere.lookup import list_vms
+    from tasks.vsphere.session import borrow
+
+    with borrow(settings.connection()) as session:
+        for page in list_vms(session, glob):
+            for vm in page:
+                print(vm.model_dump_json() if json else f"{vm.path}\t{vm.moref}\t{vm.power}")
+            sys.stdout.flush()
+    return 0
+
+
+def _export(options: ExportOptions, settings: Settings, *, json: bool) -> int:
+    job = options.job()
+    started = time.monotonic()
+    with Board(stderr()) as board:
+        board.say("Loading Prefect")
+        from flows.export import export_vm
+        from flows.run import run_flow
+        from tasks.steps import METER_LISTENER
+
+        async def run() -> Manifest:
+            METER_LISTENER.set(board.listen)
+            return await run_flow(export_vm, say=board.say, vcenter=settings.vcenter(), options=job)
+
+        manifest = asyncio.run(_interruptible(run(), say=board.say))
+    if json:
+        print(manifest.model_dump_json(indent=2))
+    else:
+        console = Console(soft_wrap=True, highlight=False, markup=False)
+        for line in summary(manifest, str(job.output_dir), time.monotonic() - started):
+            console.print(line)
+    return 0
+
+
+async def _interruptible(work: Awaitable[T], *, say: Callable[[str], None]) -> T:
+    """Await `work`; the first SIGINT or SIGTERM cancels it, and it is let clean up, however often they come."""
+    task, loop = asyncio.ensure_future(work), asyncio.get_running_loop()
+
+    def stop() -> None:
+        say("Stopping: the transfer ends, then the snapshot is removed")
+        if not task.cancelling():
+            task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    return await task
+
+
+def _at_the_edge(act: Callable[[], int], *, json: bool, debug: bool) -> int:
+    """Return the exit status of `act`; what goes wrong is one line of cause, then the remedy, and no traceback."""
+    try:
+        return act()
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        error: Hyper2KvmError = InvalidInput(
+            what="Interrupted", why="the run was stopped", remedy="Nothing was given a final name; run it again"
+        )
+        status = INTERRUPTED
+    except Hyper2KvmError as failure:
+        error, status = failure, failure.exit_status
+    except ValidationError as failure:
+        first = failure.errors()[0]
+        error = InvalidInput(
+            what=".".join(map(str, first["loc"])) or "options", why=first["msg"], remedy="See --help for what it takes"
+        )
+        status = error.exit_status
+    except Exception as failure:
+        if debug:
+            raise
+        error = InvalidInput(
+            what=f"Internal error ({type(failure).__name__})",
+            why=str(failure),
+            remedy="Run with --debug, and report it",
+        )
+        status = 70  # sysexits.h EX_SOFTWARE
+    _tell(error, json=json)
+    return status
+
+
+def _tell(error: Hyper2KvmError, *, json: bool) -> None:
+    if json:
+        told = {"error": type(error).__name__, "cause": error.cause, "remedy": error.remedy, "detail": error.detail}
+        print(jsonlib.dumps(told))
+    console = stderr()
+    show_error(error, say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+
+
+def _quiet_logs(debug: bool) -> None:
+    """Keep Prefect's own lines and tracebacks off the terminal; a server it reports to has them all the same."""
+    level = "DEBUG" if debug else "CRITICAL"
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", level)

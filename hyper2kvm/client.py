@@ -1,0 +1,61 @@
+"""The Python API: the source document's `VMwareClient`, which runs the same flows as the UI and the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from pydantic import SecretStr
+
+from flows.export import export_vm
+from flows.run import run_flow
+from hyper2kvm.settings import Settings, password_from
+from tasks.models import ExportOptions, Manifest
+
+log = logging.getLogger(__name__)
+
+
+class VMwareClient:
+    """A vCenter or ESXi host to take VMs from.
+
+    host: name or address, `host:port` understood. pwd, ca_file, thumbprint: what is left out comes from
+    VCENTER_PASSWORD, VCENTER_CA_FILE, VCENTER_THUMBPRINT. Nothing is connected until an export is awaited.
+
+        client = VMwareClient(host="vcenter.example.com", user="admin@vsphere.local", pwd="…")
+        manifest = await client.async_export_vm(ExportOptions(vm_name="web", output_dir="/data/exports"))
+    """
+
+    def __init__(
+        self,
+        host: str,
+        user: str,
+        pwd: str | None = None,
+        *,
+        port: int | None = None,
+        ca_file: str | None = None,
+        thumbprint: str | None = None,
+        verify: bool = True,
+    ) -> None:
+        """Keep the settings. Raises InvalidInput where no password is given, set or asked for."""
+        password = SecretStr(pwd) if pwd else password_from(None, username=user, host=host)
+        self._settings = Settings(
+            host=host,
+            username=user,
+            password=password,
+            port=port,
+            ca_file=ca_file,
+            thumbprint=thumbprint,
+            verify=verify,
+        )
+
+    async def async_export_vm(self, options: ExportOptions) -> Manifest:
+        """Run the flow of `options.export_mode` and return its manifest; raise classes of `tasks.errors`.
+
+        A mode or transport that is not built yet is refused with NotBuilt before anything is connected.
+        """
+        job = options.job()
+        return await run_flow(export_vm, say=log.info, vcenter=self._settings.vcenter(), options=job)
+
+    def export_vm(self, options: ExportOptions) -> Manifest:
+        """The same, blocking."""
+        return asyncio.run(self.async_export_vm(options))

@@ -1,0 +1,119 @@
+"""What a person at a terminal, or a log file, is shown of a run: bars, lines, the summary, an error."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TransferSpeedColumn as SpeedColumn
+
+from tasks.errors import Hyper2KvmError
+from tasks.models import Manifest
+
+if TYPE_CHECKING:
+    from tasks.steps import Meter
+
+PLAIN_EVERY_S = 5.0
+REFRESH_S = 0.25
+MIB = 1024 * 1024
+
+
+class Board:
+    """Shows meters while the block runs: bars on a terminal, elsewhere at most one plain line in 5 s.
+
+    `listen` is the listener that a meter is announced to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._meters: dict[Meter, TaskID] = {}
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            SpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+        self._shown_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._refresh()
+        self._bars.stop()
+
+    def listen(self, meter: Meter) -> None:
+        """Show one more meter."""
+        with self._lock:
+            self._meters[meter] = self._bars.add_task(escape(meter.label), total=meter.total_bytes)
+
+    def say(self, text: str) -> None:
+        """Show a line above the bars."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _run(self) -> None:
+        while not self._ended.wait(REFRESH_S):
+            self._refresh()
+            if not self._console.is_terminal and time.monotonic() - self._shown_at >= PLAIN_EVERY_S:
+                self._plain_line()
+
+    def _refresh(self) -> None:
+        with self._lock:
+            for meter, bar in self._meters.items():
+                self._bars.update(bar, completed=meter.total_bytes if meter.complete else meter.done_bytes)
+
+    def _plain_line(self) -> None:
+        with self._lock:
+            running = [meter for meter in self._meters if not meter.ended]
+        if running:
+            self._shown_at = time.monotonic()
+            self.say("; ".join(f"{meter.label} {100 * meter.fraction:.0f} %, {_pace(meter)}" for meter in running))
+
+
+def _pace(meter: Meter) -> str:
+    seconds = time.monotonic() - meter.started_at
+    rate = meter.done_bytes / seconds if seconds else 0.0
+    left = f", {(meter.total_bytes - meter.done_bytes) / rate:.0f} s left" if rate else ""
+    return f"{rate / MIB:.0f} MiB/s{left}"
+
+
+def summary(manifest: Manifest, folder: str, seconds: float) -> list[str]:
+    """Return the lines that end a successful export."""
+    moved = sum(image.bytes_transferred for image in manifest.disks)
+    lines = [f"Exported {manifest.vm.name} ({manifest.vm.moref}) to {folder}"]
+    for image in manifest.disks:
+        size = f"{image.virtual_size / MIB:,.0f} MiB"
+        lines.append(f"  {image.path}  {size}, {image.format}, read back: {image.verified}, {image.digest}")
+    lines += [f"  note: {warning}" for warning in manifest.warnings]
+    lines.append(f"{moved:,} bytes in {seconds:.1f} s ({moved / MIB / seconds:,.0f} MiB/s), verified")
+    return lines
+
+
+def show_error(error: Hyper2KvmError, *, say: Callable[[str], None]) -> None:
+    """Show a failure: the cause in one line, then what to do, then what the tool itself said last."""
+    say(f"Error: {error.cause}")
+    if error.remedy:
+        say(error.remedy)
+    for line in error.detail:
+        say(f"  | {line}")
+
+
+def stderr() -> Console:
+    """Return the console of everything that is not the result itself."""
+    return Console(file=sys.stderr)

@@ -1,0 +1,232 @@
+"""What can go wrong, a class for each cause that an operator can act on.
+
+    Hyper2KvmError
+    ├── InvalidInput                 an option or a name that cannot be used
+    │   └── NotBuilt                 documented by the source, not built yet
+    ├── ConnectionFailed             nobody answers, or not as a vCenter does
+    │   ├── AuthenticationFailed
+    │   ├── SessionExpired
+    │   ├── CertificateUntrusted
+    │   └── ThumbprintMismatch
+    ├── VsphereFault                 a fault of vSphere that has no class of its own
+    │   ├── PermissionMissing
+    │   ├── LicenceForbids
+    │   └── SnapshotFailed
+    ├── VmNotFound
+    ├── AmbiguousVmName
+    ├── UnsupportedDisk              cannot be copied by this road: why, and which road can
+    ├── FenceClosed                  the VM's own state forbids a snapshot now
+    ├── SnapshotChanged              what is being read is no longer the point in time it was
+    ├── FileLocked
+    ├── TransferInterrupted          the source stopped answering; what arrived is kept
+    ├── IntegrityMismatch            what was written is not what was read
+    ├── JobLocked                    another run of the same job is at work
+    ├── OutputExists
+    ├── DiskFull
+    └── ToolFailed                   a program that we ran, with its last lines
+
+A class's docstring is its message, with blanks for the fields given to it; ``remedy`` says what to do.
+An error is raised where its cause is found, from the original, and never wrapped into something vaguer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class Hyper2KvmError(Exception):
+    """{cause}"""
+
+    remedy: str = ""
+    exit_status: ClassVar[int] = 1
+
+    def __init__(self, **fields: Any) -> None:
+        """Fill the blanks of the message with `fields`, which become attributes; raise KeyError for one left out."""
+        self.fields = fields
+        self.cause = (type(self).__doc__ or "").format(**fields)
+        self.remedy = type(self).remedy.format(**fields)
+        super().__init__(self.cause)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["fields"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __str__(self) -> str:
+        """Cause and remedy on the first line; what a tool said itself on the lines after it."""
+        first = f"{self.cause}. {self.remedy}" if self.remedy else self.cause
+        return "\n".join([first, *self.detail])
+
+    @property
+    def detail(self) -> tuple[str, ...]:
+        """The last lines of the tool or service that failed, where there is one."""
+        return tuple(self.fields.get("last_lines", ()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.fields)
+
+
+def _rebuild(cls: type[Hyper2KvmError], fields: dict[str, Any]) -> Hyper2KvmError:
+    return cls(**fields)
+
+
+class InvalidInput(Hyper2KvmError):
+    """{what}: {why}"""
+
+    remedy = "{remedy}"
+    exit_status = 2
+
+
+class NotBuilt(InvalidInput):
+    """{what} is not built yet"""
+
+    remedy = "Use {instead}"
+
+
+class ConnectionFailed(Hyper2KvmError):
+    """Cannot talk to {host}: {why}"""
+
+    remedy = "Check the address and port, and that a vCenter or ESXi host answers there"
+
+
+class AuthenticationFailed(ConnectionFailed):
+    """{host} refused user {username}: wrong user name or password"""
+
+    remedy = "Check both (it was tried once, so the account is not locked by us)"
+
+
+class SessionExpired(ConnectionFailed):
+    """{host} no longer accepts the session, and a new login did not help"""
+
+    remedy = "Check that the account is still enabled, then run the same command again"
+
+
+class CertificateUntrusted(ConnectionFailed):
+    """The certificate of {host} is not trusted: {why}; its SHA-256 thumbprint is {actual}"""
+
+    remedy = (
+        "Give its CA (--ca-file), or, if the thumbprint is the one shown on the server itself, pin it (--thumbprint)"
+    )
+
+
+class ThumbprintMismatch(ConnectionFailed):
+    """The certificate of {host} is not the pinned one: expected {expected}, actual {actual}"""
+
+    remedy = "If the certificate was replaced on purpose, pin the actual one; if not, somebody is in between"
+
+
+class VsphereFault(Hyper2KvmError):
+    """vSphere refused {action}: {fault}"""
+
+    remedy = "{remedy}"
+
+
+class PermissionMissing(VsphereFault):
+    """The account lacks the privilege {privilege} on {object}"""
+
+    remedy = "Add it to the account's role there, then run the same command again"
+
+
+class LicenceForbids(VsphereFault):
+    """The licence of {host} does not allow {action}"""
+
+    remedy = "Power the VM off and run again (no snapshot is needed then), or license the host"
+
+
+class SnapshotFailed(VsphereFault):
+    """The snapshot of {vm} could not be made: {fault}"""
+
+    remedy = "{remedy}"
+
+
+class VmNotFound(Hyper2KvmError):
+    """There is no VM {wanted!r}{near_text}"""
+
+    remedy = "List what there is with --vs-action list-vms"
+
+    def __init__(self, *, wanted: str, near: tuple[str, ...] = (), **_: Any) -> None:
+        near_text = f"; near it: {', '.join(near)}" if near else ""
+        super().__init__(wanted=wanted, near=near, near_text=near_text)
+
+
+class AmbiguousVmName(Hyper2KvmError):
+    """{wanted!r} names {count} VMs: {candidates_text}"""
+
+    remedy = "Name one by its inventory path or moref"
+
+    def __init__(self, *, wanted: str, candidates: tuple[tuple[str, str], ...], **_: Any) -> None:
+        """`candidates`: (inventory path, moref) of every VM of that name."""
+        text = "; ".join(f"{path} ({moref})" for path, moref in candidates)
+        super().__init__(wanted=wanted, candidates=candidates, count=len(candidates), candidates_text=text)
+
+
+class UnsupportedDisk(Hyper2KvmError):
+    """{disk} cannot be copied: {reason}"""
+
+    remedy = "{remedy}"
+
+
+class FenceClosed(Hyper2KvmError):
+    """No snapshot of {vm} is taken now: {reason}"""
+
+    remedy = "{remedy}"
+
+
+class SnapshotChanged(Hyper2KvmError):
+    """The snapshot {snapshot} of {vm} changed under the copy: {reason}"""
+
+    remedy = "What was copied is discarded; find out who removed or consolidated it, then run again"
+
+
+class FileLocked(Hyper2KvmError):
+    """{path} is locked by a running VM or another host"""
+
+    remedy = "{remedy}"
+
+
+class TransferInterrupted(Hyper2KvmError):
+    """The transfer of {source} stopped at byte {resumable_at}: {why}"""
+
+    remedy = "Run the same command again once the cause is gone"
+
+
+class IntegrityMismatch(Hyper2KvmError):
+    """{path} does not hold what was read from the source: {where}"""
+
+    remedy = "The copy was not given its final name; check the storage below it, then run again"
+
+
+class JobLocked(Hyper2KvmError):
+    """Another run is at work on {path}: {holder}"""
+
+    remedy = "Wait for it to end, or end it, then run again"
+
+
+class OutputExists(Hyper2KvmError):
+    """{path} exists already: {why}"""
+
+    remedy = "Choose another output folder, or move it away (a finished copy is never deleted by us)"
+
+
+class DiskFull(Hyper2KvmError):
+    """{path} has not enough room: {need} bytes needed, {have} there"""
+
+    remedy = "Make room, or choose another output folder"
+
+
+class ToolFailed(Hyper2KvmError):
+    """{tool} failed with {outcome}{last_line}"""
+
+    remedy = "{remedy}"
+
+    def __init__(
+        self, *, argv: tuple[str, ...], status: int, last_lines: tuple[str, ...] = (), remedy: str = "", **_: Any
+    ) -> None:
+        """`status`: the exit status, or minus the signal's number; `last_lines`: the last of its output."""
+        outcome = f"signal {-status}" if status < 0 else f"exit status {status}"
+        last_line = f": {last_lines[-1]}" if last_lines else ""
+        super().__init__(
+            argv=argv, status=status, last_lines=last_lines, remedy=remedy,
+            tool=argv[0], outcome=outcome, last_line=last_line,
+        )  # fmt: skip

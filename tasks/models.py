@@ -1,0 +1,354 @@
+"""The values that travel between steps: frozen, comparable, JSON and back; no connection and no live object.
+
+Sizes and offsets are bytes. Which vSphere property each field comes from is said where it is filled
+(`tasks.vsphere`), not here.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from tasks.errors import InvalidInput, NotBuilt
+
+SECTOR_BYTES = 512
+FORMAT_VERSION = 1
+
+
+class Value(BaseModel):
+    """A frozen value; an unknown field is an error, not noise."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+# ── where and who ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Trust(Value):
+    """Why the certificate of a server is believed: a pinned thumbprint, else CAs, else (in words) nothing.
+
+    `thumbprint` is hex digits in upper case without colons: 40 for SHA-1, 64 for SHA-256.
+    `ca_pem` is PEM text; None is the system's own CAs.
+    """
+
+    ca_pem: str | None = None
+    thumbprint: str | None = None
+    verify: bool = True
+
+    @field_validator("thumbprint", mode="before")
+    @classmethod
+    def _normalised(cls, value: str | None) -> str | None:
+        return normalise_thumbprint(value) if value else None
+
+
+class Connection(Value):
+    """Everything needed to log in to one vCenter or ESXi host."""
+
+    host: str
+    port: int = 443
+    username: str
+    password: SecretStr
+    trust: Trust = Trust()
+
+    @property
+    def address(self) -> str:
+        """`host:port`, the host in brackets where it is an IPv6 address."""
+        return f"{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+
+def normalise_thumbprint(text: str) -> str:
+    """Read a SHA-1 or SHA-256 thumbprint in any usual spelling; return upper-case hex without separators.
+
+    Colons, spaces, dashes and a leading `sha1`/`sha256` with `:` or `=` (also openssl's `sha256 Fingerprint=`)
+    may stand or be left out. Raises InvalidInput.
+    """
+    stripped = re.sub(r"^\s*sha-?(1|256)(\s*fingerprint)?\s*[:=]\s*", "", text, flags=re.IGNORECASE)
+    digits = re.sub(r"[\s:-]", "", stripped).upper()
+    if len(digits) not in (40, 64) or re.search(r"[^0-9A-F]", digits):
+        raise InvalidInput(
+            what="thumbprint",
+            why=f"{text!r} has not the 40 hex digits of SHA-1 nor the 64 of SHA-256",
+            remedy="Copy it whole: openssl x509 -noout -fingerprint -sha256 prints it",
+        )
+    return digits
+
+
+def split_address(text: str) -> tuple[str, int | None]:
+    """Split `host`, `host:port`, `[v6]:port` or an `https://host:port/sdk` URL into host and port (None: not said)."""
+    bare = re.sub(r"^https?://", "", text.strip()).partition("/")[0]
+    match = re.fullmatch(r"(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<name>[^:\s\[\]]+))(?::(?P<port>\d{1,5}))?", bare)
+    if match:
+        return match["v6"] or match["name"], int(match["port"]) if match["port"] else None
+    if re.fullmatch(r"[0-9A-Fa-f:.]+", bare) and bare.count(":") > 1:
+        return bare, None
+    raise InvalidInput(
+        what="vCenter address",
+        why=f"{text!r} is neither a host nor host:port",
+        remedy="Give a name or an address, with the port after a colon where it is not 443",
+    )
+
+
+class VCenterInfo(Value):
+    """Which server answered: `ServiceContent.about`."""
+
+    uuid: str
+    name: str
+    version: str
+    build: str
+    is_vcenter: bool
+
+
+# ── what there is ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Nic(Value):
+    """A network card as the guest sees it, and the network it is on."""
+
+    key: int
+    label: str
+    model: str
+    mac: str | None
+    network: str | None
+
+
+class Controller(Value):
+    """A storage controller; `model` is its vSphere type (`ParaVirtualSCSIController`)."""
+
+    key: int
+    model: str
+    bus: int
+
+
+class VirtualMachine(Value):
+    """One VM, where it lies, and what it is made of. Names are shown decoded (`%2f` is `/`)."""
+
+    moref: str
+    name: str
+    instance_uuid: str
+    bios_uuid: str
+    inventory_path: str
+    datacenter_path: str
+    host_path: str
+    host_name: str
+    vpx_uri: str
+    power_state: Literal["poweredOn", "poweredOff", "suspended"]
+    firmware: Literal["bios", "efi"]
+    cpus: int
+    memory_mib: int
+    vmx_path: str
+    guest_id: str = ""
+    guest_addresses: tuple[str, ...] = ()
+    controllers: tuple[Controller, ...] = ()
+    nics: tuple[Nic, ...] = ()
+    cbt_enabled: bool = False
+
+
+class VirtualDisk(Value):
+    """One disk of a snapshot. `index` is its place in the device list: the `<n>` of every `disk-<n>`.
+
+    `datastore_path` is `[datastore] folder/x.vmdk`; `parents` the same of the backings below it, nearest first.
+    `problem` and `remedy` say why no road of ours can copy it; None if one can.
+    """
+
+    index: int
+    key: int
+    label: str
+    controller_key: int | None
+    unit_number: int | None = None
+    datastore_path: str
+    capacity_bytes: int
+    backing: str
+    thin: bool = False
+    uuid: str | None = None
+    change_id: str | None = None
+    parents: tuple[str, ...] = ()
+    problem: str | None = None
+    remedy: str | None = None
+
+
+class Snapshot(Value):
+    """A snapshot by reference; `ours` is false for one that existed and must be left alone."""
+
+    moref: str
+    name: str
+    created: str
+    quiesced: bool
+    ours: bool
+
+
+class Extent(Value):
+    """Bytes [start, start + length) of a disk, both multiples of 512 except at the end of an odd-sized image."""
+
+    start: int = Field(ge=0)
+    length: int = Field(gt=0)
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+# ── what came of it ──────────────────────────────────────────────────────────────────────────────────
+
+
+ReadBack = Literal["direct", "cached", "skipped"]
+
+
+class DiskImage(Value):
+    """One disk as it lies here. `digest` is of the guest-visible content, whatever the format.
+
+    `path` is relative to the manifest's folder. `verified` says how it was read back: `direct` past the page
+    cache, `cached` where the file system refuses that, `skipped` where the operator said so.
+    """
+
+    index: int
+    disk_key: int
+    uuid: str | None
+    change_id: str | None
+    source: str
+    path: str
+    format: Literal["raw", "qcow2"]
+    virtual_size: int
+    digest: str
+    bytes_transferred: int
+    road: str
+    verified: ReadBack
+    seconds: float = 0.0
+
+
+class Manifest(Value):
+    """One VM at one point in time: enough for a later sync or verification to need nothing else."""
+
+    version: int = FORMAT_VERSION
+    vcenter_uuid: str
+    vm: VirtualMachine
+    snapshot: Snapshot | None
+    disks: tuple[DiskImage, ...]
+    consistent: bool
+    created: str
+    warnings: tuple[str, ...] = ()
+
+
+# ── what an operator asks for ────────────────────────────────────────────────────────────────────────
+
+
+class DiskFormat(StrEnum):
+    """Image formats that KVM starts from."""
+
+    qcow2 = "qcow2"
+    raw = "raw"
+
+
+class ExportTransport(StrEnum):
+    """Roads out of vSphere that `export` can take."""
+
+    auto = "auto"
+    folder = "folder"
+
+
+class JobOptions(BaseModel):
+    """What every mode that touches a VM needs to know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vm_name: str = Field(
+        title="VM",
+        description="Name, inventory path, moref or UUID of the VM. A name that several VMs have is refused.",
+        examples=["/DC0/vm/production/web", "vm-1042", "production-web"],
+        min_length=1,
+    )
+    output_dir: Path = Field(
+        title="Output folder",
+        description="Folder on the worker's machine; a folder named after the VM is made in it.",
+        examples=["/data/exports"],
+    )
+
+
+class ExportJob(JobOptions):
+    """What the `export` flow needs to know: the form that the Prefect UI shows."""
+
+    format: DiskFormat = Field(
+        default=DiskFormat.qcow2,
+        title="Image format",
+        description="qcow2 (thin, what libvirt prefers) or raw (sparse file).",
+        examples=["qcow2"],
+    )
+    transport: ExportTransport = Field(
+        default=ExportTransport.auto,
+        title="Transport",
+        description="The road that the disks' bytes take. auto takes the best one that works, and says which.",
+        examples=["auto"],
+    )
+    quiesce: bool = Field(
+        default=False,
+        title="Quiesce the guest",
+        description="Ask VMware Tools to flush file systems before the snapshot (Windows: VSS).",
+        examples=[True],
+    )
+    allow_crash_consistent: bool = Field(
+        default=False,
+        title="Allow crash-consistent",
+        description="If quiescing fails, take a crash-consistent snapshot instead, and say so in the report.",
+        examples=[False],
+    )
+    snapshot_moref: str | None = Field(
+        default=None,
+        title="Existing snapshot",
+        description="Moref of a snapshot to copy from. It is left alone; none is made.",
+        examples=["snapshot-57"],
+        pattern=r"^\S+$",
+    )
+    parallel_disks: int = Field(
+        default=2,
+        title="Disks at once",
+        description="How many disks of the VM are copied side by side.",
+        examples=[2],
+        ge=1,
+        le=16,
+    )
+    skip_readback: bool = Field(
+        default=False,
+        title="Skip reading back",
+        description="Do not read the target again to verify it. The report says that it was skipped.",
+        examples=[False],
+    )
+
+
+class ExportOptions(BaseModel):
+    """The source document's options: one flat value for every mode. `job()` turns them into the mode's own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vm_name: str = Field(min_length=1)
+    output_dir: Path
+    export_mode: str = "export"
+    transport: str = "auto"
+    vddk_libdir: Path | None = None
+    format: str = "qcow2"
+    quiesce: bool = False
+    allow_crash_consistent: bool = False
+    snapshot_moref: str | None = None
+    parallel_disks: int = 2
+    skip_readback: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, values: Any) -> Any:
+        unknown = sorted(set(values) - set(cls.model_fields)) if isinstance(values, dict) else []
+        if unknown:
+            raise NotBuilt(what=f"the option {', '.join(unknown)}", instead=f"one of {', '.join(cls.model_fields)}")
+        return values
+
+    def job(self) -> ExportJob:
+        """Return the mode's options; raise NotBuilt for a mode or transport of the source that is not built yet."""
+        if self.export_mode != "export":
+            raise NotBuilt(what=f"the export mode {self.export_mode!r}", instead="'export'")
+        if self.transport not in list(ExportTransport):
+            raise NotBuilt(
+                what=f"the transport {self.transport!r}", instead=" or ".join(map(repr, map(str, ExportTransport)))
+            )
+        fields = self.model_dump(exclude={"export_mode", "vddk_libdir"})
+        return ExportJob(**fields)

@@ -1,0 +1,103 @@
+"""Step: what came of a run, as the manifest beside the images and as a report among the run's artifacts."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from prefect import task
+from prefect.artifacts import acreate_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from blocks import VCenter
+from tasks.images.output import MANIFEST, land_all
+from tasks.models import DiskImage, ExportJob, Manifest, Snapshot, VCenterInfo, VirtualMachine
+from tasks.steps import in_thread
+
+MIB = 1024 * 1024
+
+
+@task(name="manifest", task_run_name="manifest of {manifest.vm.name}", cache_policy=NO_CACHE)
+async def commit(manifest: Manifest, folder: Path) -> None:
+    """Give every verified file its final name, then write `manifest.json`: from then on the export counts.
+
+    Raises OutputExists. Leaves the report among the run's artifacts.
+    """
+    await in_thread(land_all, None, folder, manifest)
+    await acreate_markdown_artifact(
+        markdown(manifest, folder), key=f"export-{manifest.vm.moref}", description=f"Export of {manifest.vm.name}"
+    )
+
+
+def manifest_of(
+    vcenter: VCenter,
+    server: VCenterInfo,
+    vm: VirtualMachine,
+    snapshot: Snapshot,
+    images: tuple[DiskImage, ...],
+    options: ExportJob,
+) -> Manifest:
+    """Return the manifest of a run whose disks have all landed."""
+    return Manifest(
+        vcenter_uuid=server.uuid,
+        vm=vm,
+        snapshot=snapshot,
+        disks=images,
+        consistent=True,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        warnings=tuple(_warnings(vcenter, snapshot, images, options)),
+    )
+
+
+def _warnings(vcenter: VCenter, snapshot: Snapshot, images: tuple[DiskImage, ...], options: ExportJob) -> list[str]:
+    warnings = []
+    if not vcenter.verify and not vcenter.thumbprint:
+        warnings.append("The vCenter's certificate was not verified: the operator turned it off.")
+    if options.quiesce and not snapshot.quiesced:
+        warnings.append("The guest could not be quiesced: the copy is crash-consistent.")
+    if any(image.verified == "skipped" for image in images):
+        warnings.append("The images were not read back: the operator skipped it.")
+    if any(image.verified == "cached" for image in images):
+        warnings.append("The images were read back through the page cache: the file system refuses O_DIRECT.")
+    return warnings
+
+
+def markdown(manifest: Manifest, folder: Path) -> str:
+    """Return the report of a run as GitHub markdown."""
+    vm, snapshot = manifest.vm, manifest.snapshot
+    lines = [
+        f"# Export of {_cell(vm.name)}",
+        "",
+        *(f"> **Note:** {warning}\n" for warning in manifest.warnings),
+        "| | |",
+        "| --- | --- |",
+        f"| Inventory path | {_cell(vm.inventory_path)} ({vm.moref}) |",
+        f"| Host-system path | {_cell(vm.host_path)} |",
+        f"| libvirt URI | `{_cell(vm.vpx_uri)}` |",
+        f"| Hardware | {vm.cpus} vCPU, {vm.memory_mib} MiB, {vm.firmware} |",
+        f"| Power state at export | {vm.power_state} |",
+        f"| Snapshot | {_cell(snapshot.name)}, {snapshot.created} |" if snapshot else "| Snapshot | none |",
+        f"| Output | `{_cell(str(folder))}` |",
+        f"| Consistent | {'all disks of one point in time' if manifest.consistent else 'no'} |",
+        "",
+        "| Disk | Source | Image | Size | Transferred | MiB/s | Road | Read back | Digest |",
+        "| ---: | --- | --- | ---: | ---: | ---: | --- | --- | --- |",
+        *(_row(image) for image in manifest.disks),
+        "",
+        f"Manifest: `{MANIFEST}`, {manifest.created}",
+    ]
+    return "\n".join(lines)
+
+
+def _row(image: DiskImage) -> str:
+    rate = image.bytes_transferred / MIB / image.seconds if image.seconds else 0.0
+    return (
+        f"| {image.index} | {_cell(image.source)} | `{image.path}` | {image.virtual_size / MIB:,.0f} MiB "
+        f"| {image.bytes_transferred / MIB:,.0f} MiB | {rate:,.0f} | {image.road} | {image.verified} "
+        f"| `{image.digest[:19]}…` |"
+    )
+
+
+def _cell(text: str) -> str:
+    """Return a name from vSphere as plain text inside a table cell."""
+    return "".join(f"&#{ord(sign)};" if sign in "|<>`*_[]\\&" else sign for sign in " ".join(text.split()))

@@ -1,0 +1,91 @@
+"""The disks of a snapshot, as `snapshot.config` has them, and why one cannot be copied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyVmomi import vim, vmodl
+
+from tasks.errors import SnapshotChanged, VsphereFault
+from tasks.models import Snapshot, VirtualDisk, VirtualMachine
+from tasks.vsphere.faults import caused_by
+from tasks.vsphere.machine import label_of, type_name
+from tasks.vsphere.properties import retrieve
+from tasks.vsphere.session import Session
+
+_Disk = vim.vm.device.VirtualDisk
+_Scsi = vim.vm.device.VirtualSCSIController
+
+
+def snapshot_disks(session: Session, snapshot: Snapshot) -> tuple[VirtualDisk, ...]:
+    """Return every disk of a snapshot, in the order of the device list. One round trip.
+
+    Paths are those of the frozen backings, never the live VM's. Source: VirtualMachineSnapshot.config.
+    Raises VsphereFault (ManagedObjectNotFound as its cause) where the snapshot is gone.
+    """
+    entity = session.entity(vim.vm.Snapshot, snapshot.moref)
+    devices = retrieve(session, [entity], ("config.hardware.device",)).get(entity, {}).get("config.hardware.device")
+    if devices is None:
+        raise SnapshotChanged(snapshot=snapshot.name, vm="its VM", reason="it says nothing of its disks")
+    shared = {each.key for each in devices if isinstance(each, _Scsi) and each.sharedBus != "noSharing"}
+    disks = (device for device in devices if isinstance(device, _Disk))
+    return tuple(_described(index, device, shared) for index, device in enumerate(disks))
+
+
+def _described(index: int, device: Any, shared: set[int]) -> VirtualDisk:
+    backing = device.backing
+    problem, remedy = _problem(device, shared)
+    return VirtualDisk(
+        index=index,
+        key=device.key,
+        label=label_of(device),
+        controller_key=device.controllerKey,
+        unit_number=device.unitNumber,
+        datastore_path=getattr(backing, "fileName", "") or "",
+        capacity_bytes=device.capacityInBytes or device.capacityInKB * 1024,
+        backing=type_name(backing),
+        thin=bool(getattr(backing, "thinProvisioned", False)),
+        uuid=getattr(backing, "uuid", None),
+        change_id=getattr(backing, "changeId", None),
+        parents=_parents(backing),
+        problem=problem,
+        remedy=remedy,
+    )
+
+
+def _parents(backing: Any) -> tuple[str, ...]:
+    paths = []
+    while (backing := getattr(backing, "parent", None)) is not None:
+        paths.append(backing.fileName)
+    return tuple(paths)
+
+
+def _problem(device: Any, shared: set[int]) -> tuple[str | None, str | None]:
+    """Return why no road of ours can copy a disk, and what to do; (None, None) if one can."""
+    backing = device.backing
+    if isinstance(backing, _Disk.RawDiskMappingVer1BackingInfo):
+        return "it is a raw device mapping", "Map the LUN on the KVM side, or migrate it to a VMDK first"
+    if "independent" in (getattr(backing, "diskMode", None) or ""):
+        return (
+            f"it is {backing.diskMode}, so no snapshot holds it",
+            "Make it dependent while the VM is off, or detach it",
+        )
+    if getattr(backing, "keyId", None):
+        return "it is encrypted by vSphere", "Decrypt the VM (storage policy) first"
+    if device.controllerKey in shared or getattr(backing, "sharing", None) == "sharingMultiWriter":
+        return "it is shared with other VMs", "Stop the cluster, make the disk unshared, then run again"
+    return None, None
+
+
+def check_unchanged(session: Session, vm: VirtualMachine, snapshot: Snapshot, disks: tuple[VirtualDisk, ...]) -> None:
+    """Raise SnapshotChanged unless the snapshot still exists with the same backings as when `disks` were listed."""
+    try:
+        now = {disk.key: disk.datastore_path for disk in snapshot_disks(session, snapshot)}
+    except VsphereFault as error:
+        if caused_by(error, vmodl.fault.ManagedObjectNotFound):
+            raise SnapshotChanged(snapshot=snapshot.name, vm=vm.name, reason="it is gone") from error
+        raise
+    for disk in disks:
+        if now.get(disk.key) != disk.datastore_path:
+            reason = f"{disk.label} lay at {disk.datastore_path} and is now at {now.get(disk.key)}"
+            raise SnapshotChanged(snapshot=snapshot.name, vm=vm.name, reason=reason)

@@ -1,0 +1,53 @@
+"""Fixtures of every test: a lab, and Prefect without a server of the operator's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+os.environ.update(
+    PREFECT_LOGGING_TO_API_ENABLED="false",
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+)
+for name in ("VCENTER_PASSWORD", "VCENTER_CA_FILE", "VCENTER_THUMBPRINT", "PREFECT_API_URL"):
+    os.environ.pop(name, None)
+
+from tests.labs import BINARY, Lab, running_lab  # noqa: E402 - the environment first
+
+
+def _need_lab() -> None:
+    if not BINARY.exists():
+        pytest.fail("build/lab is missing: run `make setup`")
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    """One lab for the session, with the inventory that its flags make: tests leave no snapshot and no fault in it."""
+    _need_lab()
+    with running_lab("-disks", "2", "-disk-size", "16MiB", "-folder", "production/web servers") as lab:
+        yield lab
+
+
+@pytest.fixture
+def new_lab() -> Iterator[Callable[..., Lab]]:
+    """Start labs of one's own: `new_lab(*flags, scenario=None)`; they end with the test."""
+    _need_lab()
+    with ExitStack() as stack:
+
+        def start(*flags: str, scenario: dict[str, Any] | None = None) -> Lab:
+            return stack.enter_context(running_lab(*flags, scenario=scenario))
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def prefect_api() -> Iterator[None]:
+    """A temporary Prefect server and database for the session."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=90):
+        yield

@@ -1,0 +1,105 @@
+"""Starting a lab (`build/lab`: a simulated vCenter) and asking it what it saw."""
+
+from __future__ import annotations
+
+import json
+import select
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).resolve().parents[1]
+BINARY = ROOT / "build" / "lab"
+START_TIMEOUT_S = 60.0
+
+
+@dataclass
+class Lab:
+    """A running lab: what its ready line says, its admin API, its process."""
+
+    ready: dict[str, Any]
+    process: subprocess.Popen[str]
+    ca_file: Path
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a field of the ready line: url, host, port, username, password, thumbprint_sha256, vms, …."""
+        try:
+            return self.__dict__["ready"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    def vm(self, name: str) -> dict[str, Any]:
+        """Return the first VM of that name as the ready line lists it."""
+        return next(vm for vm in self.vms if vm["name"] == name)
+
+    def get(self, path: str, **query: Any) -> Any:
+        return self._answer(httpx.get(f"{self.admin_url.rstrip('/')}{path}", params=query, timeout=120))
+
+    def post(self, path: str, **body: Any) -> Any:
+        return self._answer(httpx.post(f"{self.admin_url.rstrip('/')}{path}", json=body, timeout=120))
+
+    def stats(self) -> dict[str, Any]:
+        return dict(self.get("/stats"))
+
+    def sha256(self, vm: str, disk: int, snapshot: str | None = None) -> str:
+        query = {"vm": vm, "disk": disk} | ({"snapshot": snapshot} if snapshot else {})
+        return str(self.get("/sha256", **query)["sha256"])
+
+    def environment(self) -> dict[str, str]:
+        """Return what the command line takes from the environment to log in here."""
+        return {"VCENTER_PASSWORD": self.password, "VCENTER_CA_FILE": str(self.ca_file)}
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    @staticmethod
+    def _answer(response: httpx.Response) -> Any:
+        assert response.is_success, response.text
+        return response.json() if response.content else None
+
+
+def start_lab(*flags: str, scenario: dict[str, Any] | None = None) -> Lab:
+    """Start a lab on free ports and wait for its ready line; it dies with this thread's process."""
+    argv = ["setpriv", "--pdeathsig", "KILL", str(BINARY), *flags]
+    folder = Path(tempfile.mkdtemp(prefix="hyper2kvm-lab-"))
+    if scenario is not None:
+        (folder / "scenario.json").write_text(json.dumps(scenario))
+        argv += ["-scenario", str(folder / "scenario.json")]
+    log = (folder / "lab.log").open("w")
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=log, text=True)
+    assert process.stdout
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not select.select([process.stdout], [], [], 0.5)[0]:
+        assert process.poll() is None and time.monotonic() < deadline, (folder / "lab.log").read_text()
+    line = process.stdout.readline()
+    assert line, (folder / "lab.log").read_text()
+    ready = json.loads(line)
+    ca_file = folder / "ca.pem"
+    ca_file.write_text(ready["ca_pem"])
+    return Lab(ready, process, ca_file)
+
+
+@contextmanager
+def running_lab(*flags: str, scenario: dict[str, Any] | None = None) -> Iterator[Lab]:
+    """A lab for the block."""
+    lab = start_lab(*flags, scenario=scenario)
+    try:
+        yield lab
+    finally:
+        lab.stop()

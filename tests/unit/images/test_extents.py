@@ -1,0 +1,56 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.images.digests import LEAF_BYTES
+from tasks.images.extents import check_plan, leaf_aligned, pieces, whole_disk
+from tasks.models import Extent
+
+SIZE = 20 * LEAF_BYTES + 512
+
+
+@st.composite
+def extents(draw: st.DrawFn) -> list[Extent]:
+    starts = draw(st.lists(st.integers(0, SIZE - 1), max_size=8))
+    return [Extent(start=start, length=draw(st.integers(1, SIZE - start))) for start in starts]
+
+
+@given(extents())
+def test_aligning_covers_every_byte_and_makes_a_plan(parts: list[Extent]) -> None:
+    wide = leaf_aligned(parts, size=SIZE)
+    check_plan(wide, size=SIZE)
+    for part in parts:
+        assert any(each.start <= part.start and part.end <= each.end for each in wide)
+    touched = {leaf for part in parts for leaf in range(part.start // LEAF_BYTES, (part.end - 1) // LEAF_BYTES + 1)}
+    assert sum(-(-each.length // LEAF_BYTES) for each in wide) == len(touched)
+
+
+@given(extents(), st.integers(1, 6 * LEAF_BYTES))
+def test_pieces_are_a_partition_at_leaf_boundaries(parts: list[Extent], piece_bytes: int) -> None:
+    wide = leaf_aligned(parts, size=SIZE)
+    cut = list(pieces(wide, piece_bytes))
+    assert leaf_aligned(cut, size=SIZE) == wide
+    assert sum(piece.length for piece in cut) == sum(each.length for each in wide)
+    assert all(piece.start % LEAF_BYTES == 0 for piece in cut)
+    assert all(piece.length <= max(piece_bytes, LEAF_BYTES) for piece in cut)
+
+
+def test_an_empty_disk_has_no_extent() -> None:
+    assert whole_disk(0) == ()
+    assert whole_disk(5) == (Extent(start=0, length=5),)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [Extent(start=512, length=LEAF_BYTES - 512)],
+        [Extent(start=0, length=512)],
+        [Extent(start=0, length=SIZE + 512)],
+        [Extent(start=LEAF_BYTES, length=LEAF_BYTES), Extent(start=0, length=LEAF_BYTES)],
+        [Extent(start=0, length=2 * LEAF_BYTES), Extent(start=LEAF_BYTES, length=LEAF_BYTES)],
+    ],
+    ids=["starts inside", "ends inside", "too long", "out of order", "overlapping"],
+)
+def test_a_plan_that_is_not_whole_leaves_in_order_is_refused(bad: list[Extent]) -> None:
+    with pytest.raises(ValueError, match="leaf|order|end"):
+        check_plan(bad, size=SIZE)

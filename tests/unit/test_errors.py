@@ -1,0 +1,69 @@
+"""`tasks.errors`: each class makes its message, survives a pickle, and is in the map of the module's docstring."""
+
+import inspect
+import pickle
+
+import pytest
+
+from tasks import errors
+
+EXAMPLES = {
+    errors.Hyper2KvmError: {"cause": "broken"},
+    errors.InvalidInput: {"what": "--port", "why": "no number", "remedy": "Give one"},
+    errors.NotBuilt: {"what": "the transport 'vddk'", "instead": "'folder'"},
+    errors.ConnectionFailed: {"host": "vc:443", "why": "refused"},
+    errors.AuthenticationFailed: {"host": "vc:443", "username": "admin"},
+    errors.SessionExpired: {"host": "vc:443"},
+    errors.CertificateUntrusted: {"host": "vc:443", "why": "self-signed", "actual": "AA:BB"},
+    errors.ThumbprintMismatch: {"host": "vc:443", "expected": "AA", "actual": "BB"},
+    errors.VsphereFault: {"action": "a look", "fault": "FileFault", "remedy": "Look"},
+    errors.PermissionMissing: {"privilege": "VirtualMachine.State.CreateSnapshot", "object": "VirtualMachine vm-1"},
+    errors.LicenceForbids: {"host": "esx", "action": "a snapshot"},
+    errors.SnapshotFailed: {"vm": "web", "fault": "FileFault", "remedy": "Look", "quiescing": False},
+    errors.VmNotFound: {"wanted": "wbe", "near": ("web",)},
+    errors.AmbiguousVmName: {"wanted": "web", "candidates": (("/DC/vm/a/web", "vm-1"), ("/DC/vm/b/web", "vm-2"))},
+    errors.UnsupportedDisk: {"disk": "Hard disk 1", "reason": "it is an RDM", "remedy": "Map it"},
+    errors.FenceClosed: {"vm": "web", "reason": "it needs consolidation", "remedy": "Consolidate"},
+    errors.SnapshotChanged: {"snapshot": "s", "vm": "web", "reason": "it is gone"},
+    errors.FileLocked: {"path": "[ds] web/web-flat.vmdk", "remedy": "Wait"},
+    errors.TransferInterrupted: {"source": "web", "resumable_at": 4096, "why": "reset"},
+    errors.IntegrityMismatch: {"path": "disk-0.raw", "where": "offset 0"},
+    errors.JobLocked: {"path": "/data/web", "holder": "pid 7"},
+    errors.OutputExists: {"path": "/data/web", "why": "an earlier export"},
+    errors.DiskFull: {"path": "/data", "need": 10, "have": 5},
+    errors.ToolFailed: {"argv": ("qemu-img", "convert"), "status": 1, "last_lines": ("no such file",)},
+}
+CLASSES = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, Exception)]
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_it_names_cause_and_fields_and_survives_a_pickle(cls):
+    error = cls(**EXAMPLES[cls])
+    for name, value in EXAMPLES[cls].items():
+        assert getattr(error, name) == value
+    assert error.cause
+    assert "{" not in str(error)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy), copy.fields) == (cls, str(error), error.fields)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_it_says_what_to_do(cls):
+    assert cls is errors.Hyper2KvmError or cls(**EXAMPLES[cls]).remedy or cls is errors.ToolFailed
+
+
+def test_the_map_in_the_docstring_has_every_class():
+    for cls in CLASSES:
+        assert f"{cls.__name__}" in errors.__doc__
+
+
+def test_a_field_left_out_is_a_bug_and_shows_as_one():
+    with pytest.raises(KeyError):
+        errors.FileLocked(path="x")
+    with pytest.raises(AttributeError):
+        _ = errors.JobLocked(path="x", holder="y").colour
+
+
+def test_a_tools_last_lines_follow_the_first():
+    error = errors.ToolFailed(argv=("qemu-img",), status=-9, last_lines=("one", "two"))
+    assert str(error).splitlines() == ["qemu-img failed with signal 9: two", "one", "two"]

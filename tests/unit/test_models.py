@@ -1,0 +1,122 @@
+"""`tasks.models`: values, and what operators write."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import SecretStr, ValidationError
+
+from tasks.errors import InvalidInput, NotBuilt
+from tasks.models import (
+    Connection,
+    DiskFormat,
+    ExportJob,
+    ExportOptions,
+    Trust,
+    normalise_thumbprint,
+    split_address,
+)
+
+SHA1 = "AB" * 20
+SHA256 = "0F" * 32
+
+
+@pytest.mark.parametrize("digits", [SHA1, SHA256])
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        lambda d: d,
+        str.lower,
+        lambda d: ":".join(d[i : i + 2] for i in range(0, len(d), 2)),
+        lambda d: " ".join(d[i : i + 2] for i in range(0, len(d), 2)),
+        lambda d: "-".join(d[i : i + 2] for i in range(0, len(d), 2)).lower(),
+        lambda d: f"  {d}\n",
+        lambda d: f"{'SHA1' if len(d) == 40 else 'SHA256'}:{d}",
+        lambda d: f"{'sha1' if len(d) == 40 else 'sha256'} Fingerprint={d}",
+        lambda d: f"{'sha-1' if len(d) == 40 else 'SHA-256'} Fingerprint={d}",
+    ],
+)
+def test_a_thumbprint_in_any_usual_spelling_is_read(digits, spelled):
+    assert normalise_thumbprint(spelled(digits)) == digits
+
+
+@pytest.mark.parametrize("text", ["", "AB:CD", SHA1[:-1], SHA1 + "0", "Z" * 40, SHA256[:-2]])
+def test_what_is_no_thumbprint_is_refused_with_how_to_get_one(text):
+    with pytest.raises(InvalidInput, match="openssl"):
+        normalise_thumbprint(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("vc.example.com", ("vc.example.com", None)),
+        ("vc.example.com:8443", ("vc.example.com", 8443)),
+        ("10.0.0.1:443", ("10.0.0.1", 443)),
+        ("[fe80::1]:8443", ("fe80::1", 8443)),
+        ("[fe80::1]", ("fe80::1", None)),
+        ("fe80::1", ("fe80::1", None)),
+        ("https://vc.example.com/sdk", ("vc.example.com", None)),
+        ("https://vc.example.com:8443/sdk", ("vc.example.com", 8443)),
+        (" vc ", ("vc", None)),
+    ],
+)
+def test_an_address_is_a_host_and_perhaps_a_port(text, expected):
+    assert split_address(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "a b", "vc:port", "vc:", "[fe80::1", ":443"])
+def test_what_is_no_address_is_refused(text):
+    with pytest.raises(InvalidInput):
+        split_address(text)
+
+
+@given(st.text(max_size=30))
+def test_reading_an_address_ends_in_a_host_or_in_our_error(text):
+    try:
+        host, _ = split_address(text)
+    except InvalidInput:
+        return
+    assert host
+
+
+def test_a_connection_shows_no_password_and_can_be_a_key():
+    connection = Connection(host="vc", username="u", password=SecretStr("hunter2"), trust=Trust(thumbprint=SHA1))
+    assert "hunter2" not in repr(connection) + connection.model_dump_json() + str(connection)
+    assert {connection: 1}[connection.model_copy()] == 1
+    assert connection.address == "vc:443"
+    assert Connection(host="::1", username="u", password=SecretStr("p")).address == "[::1]:443"
+
+
+def test_the_sources_options_become_the_modes_own():
+    options = ExportOptions(vm_name="web", output_dir="/data", export_mode="export", transport="folder", format="raw")
+    job = options.job()
+    assert isinstance(job, ExportJob)
+    assert (job.vm_name, str(job.output_dir), job.transport, job.format) == ("web", "/data", "folder", DiskFormat.raw)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("export_mode", "download_only"), ("export_mode", "vddk_download"), ("transport", "vddk"), ("transport", "ssh")],
+)
+def test_what_is_not_built_is_refused_by_name(field, value):
+    with pytest.raises(NotBuilt, match=f"{value}.*is not built yet"):
+        ExportOptions(vm_name="web", output_dir="/data", **{field: value}).job()
+
+
+def test_an_option_that_is_not_built_is_refused_by_name():
+    with pytest.raises(NotBuilt, match="download_only_concurrency"):
+        ExportOptions(vm_name="web", output_dir="/data", download_only_concurrency=3)
+
+
+def test_every_field_of_the_form_has_a_title_a_description_and_an_example():
+    for name, schema in ExportJob.model_json_schema()["properties"].items():
+        described = {"title", "description", "examples"} <= set(schema)
+        assert described, f"{name}: {schema}"
+        assert schema["title"] != name
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"vm_name": ""}, {"format": "vhdx"}, {"parallel_disks": 0}, {"parallel_disks": 99}, {"colour": "red"}]
+)
+def test_a_wrong_option_is_refused(wrong):
+    with pytest.raises(ValidationError):
+        ExportJob(**{"vm_name": "web", "output_dir": "/data"} | wrong)
