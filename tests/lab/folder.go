@@ -259,7 +259,3 @@ func (m *meter) pause(d time.Duration) {
 	case <-m.lab.stopped:
 	}
 }
-
-func (m *meter) String() string {
-	return fmt.Sprintf("%s %s: %d bytes", m.request.Method, m.request.URL.Path, m.sent)
-}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"strings"
 	"sync/atomic"
 
 	"github.com/vmware/govmomi/simulator"
@@ -88,7 +89,7 @@ func (m *machine) create(host *hostEntry) error {
 func (m *machine) configSpec() types.VirtualMachineConfigSpec {
 	devices := m.devices()
 	spec := types.VirtualMachineConfigSpec{
-		Name:         fileName(m.spec.Name), // the stored name is set in finish: CreateVM would encode it again
+		Name:         m.createName(),
 		GuestId:      m.spec.GuestID,
 		NumCPUs:      m.spec.CPUs,
 		MemoryMB:     m.spec.MemoryMiB,
@@ -105,6 +106,9 @@ func (m *machine) configSpec() types.VirtualMachineConfigSpec {
 	}
 	return spec
 }
+
+// createName is the name the VM is made with; finish sets the real one, which CreateVM would encode once more.
+func (m *machine) createName() string { return strings.ReplaceAll(fileName(m.spec.Name), "%", "_") }
 
 func (m *machine) vmxPath() string {
 	return fmt.Sprintf("[%s] %s", m.ds.name, path.Join(m.dir, fileName(m.spec.Name)+".vmx"))

@@ -16,13 +16,16 @@ import (
 func (m *machine) writeVMX() error {
 	vars := map[string]string{
 		"config.version": "8", "virtualHW.version": "19",
-		"displayName": decodeName(m.Name), "annotation": m.Config.Annotation,
+		"displayName": m.Name, "annotation": m.Config.Annotation,
 		"guestOS":  strings.TrimSuffix(strings.ToLower(m.Config.GuestId), "guest"),
-		"firmware": m.Config.Firmware, "nvram": fileName(m.spec.Name) + ".nvram",
+		"nvram":    m.createName() + ".nvram",
 		"numvcpus": strconv.Itoa(int(m.Config.Hardware.NumCPU)), "memSize": strconv.Itoa(int(m.Config.Hardware.MemoryMB)),
 		"uuid.bios": vmxUUID(m.Config.Uuid), "uuid.location": vmxUUID(m.Config.Uuid),
 		"vc.uuid": vmxUUID(m.Config.InstanceUuid), "floppy0.present": "FALSE",
 		"pciBridge0.present": "TRUE", "svga.present": "TRUE", "toolScripts.afterPowerOn": "TRUE",
+	}
+	if m.Config.Firmware != "bios" { // a host writes the line for efi only; libvirt refuses any other value
+		vars["firmware"] = m.Config.Firmware
 	}
 	for _, d := range m.disks {
 		m.vmxDisk(vars, d)
