@@ -18,7 +18,7 @@ from tenacity import (
     retry_if_exception_type,
     sleep_using_event,
     stop_after_attempt,
-    wait_exponential_jitter,
+    wait_random_exponential,
 )
 
 from tasks.errors import IntegrityMismatch, TransferInterrupted
@@ -34,10 +34,14 @@ _log = logging.getLogger(__name__)
 
 
 class Limits(Value):
-    """How hard to pull, and how long to believe in a source that fails. `attempts` counts since the last progress."""
+    """How hard to pull, and how long to believe in a source that fails: a minute, if it fails at once each time.
+
+    attempts: since the last progress. The waits between them double from the first to the longest, each random
+    between nothing and that (full jitter), so that many copies do not come back at once.
+    """
 
     threads: int = Field(default=4, ge=1)
-    attempts: int = Field(default=8, ge=1)
+    attempts: int = Field(default=10, ge=1)
     first_wait_s: float = 0.5
     longest_wait_s: float = 30.0
 
@@ -177,7 +181,7 @@ class _Patience:
 
     def __init__(self, piece: Piece, limits: Limits) -> None:
         self._piece, self._left = piece, piece.left
-        self._backoff = wait_exponential_jitter(limits.first_wait_s, limits.longest_wait_s, jitter=limits.first_wait_s)
+        self._backoff = wait_random_exponential(limits.first_wait_s, limits.longest_wait_s)
 
     def start_anew(self, state: RetryCallState) -> None:
         if self._piece.left < self._left:

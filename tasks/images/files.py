@@ -75,7 +75,7 @@ def safe_name(name: str) -> str:
     names never share a folder.
     """
     plain = "".join("_" if _unfit(c) else c for c in name)
-    plain = re.sub(r"^[.\-\s]|\s$", "_", plain)
+    plain = re.sub(r"^$|^[.\-\s]|\s$", "_", plain)
     if plain == name and plain and len(os.fsencode(plain)) <= NAME_BYTES and not _TAG.search(plain):
         return plain
     tag = "-" + blake3(name.encode("utf-8", "surrogatepass")).hexdigest(length=6)

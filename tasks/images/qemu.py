@@ -16,6 +16,7 @@ from typing import Literal
 
 from tasks import process
 from tasks.errors import FileLocked, IntegrityMismatch, ToolFailed, UnsupportedDisk
+from tasks.nbd import NbdClient
 
 Format = Literal["raw", "qcow2"]
 Cache = Literal["none", "writeback"]
@@ -118,7 +119,7 @@ def qemu_nbd(
         options = ["-f", format, "--persistent", "-e", str(connections), "--cache", cache, "-k", str(address)]
         rights = ["--read-only"] if read_only else ["--discard=unmap", "--detect-zeroes=unmap"]
         with process.child(["qemu-nbd", *options, *rights, named(path)]) as server:
-            _wait_for_socket(server, address)
+            _wait_for_server(server, address)
             yield address
 
 
@@ -127,13 +128,22 @@ def named(path: Path) -> str:
     return os.fspath(path.absolute())
 
 
-def _wait_for_socket(server: subprocess.Popen[bytes], address: Path) -> None:
+def _wait_for_server(server: subprocess.Popen[bytes], address: Path) -> None:
+    """Wait until it shakes hands: it listens before it opens the image."""
     deadline = time.monotonic() + START_S
-    while not address.exists():
+    while not _serves(address):
         if server.poll() is not None or time.monotonic() > deadline:
             process.end_group(server, close=False)
             raise _not_serving(server)
         time.sleep(POLL_S)
+
+
+def _serves(address: Path) -> bool:
+    try:
+        with NbdClient(address, timeout_s=START_S):
+            return True
+    except OSError:
+        return False
 
 
 def _not_serving(server: subprocess.Popen[bytes]) -> ToolFailed:

@@ -85,7 +85,7 @@ class RawWriter:
         if _libc.fallocate(self._fd, PUNCH_HOLE_KEEP_SIZE, offset, length) == 0:
             return True
         number = ctypes.get_errno()
-        if number in (errno.EOPNOTSUPP, errno.ENOSYS):
+        if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV):
             return False
         raise OSError(number, os.strerror(number), str(self.path))
 

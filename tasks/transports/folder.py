@@ -24,7 +24,7 @@ from tenacity import (
     retry_if_exception_type,
     retry_if_not_exception_type,
     stop_after_attempt,
-    wait_exponential_jitter,
+    wait_random_exponential,
 )
 
 from tasks import tls
@@ -35,6 +35,7 @@ from tasks.reader import TransientFault
 TIMEOUT_S = 10.0  # of connecting, of a read and of a write: longer than a stun of the VM, shorter than patience
 DEPTH = 4  # connections: one gave 445 Mbit/s from an ESXi host, eight 730
 PROBE_ATTEMPTS = 4
+PROBE_WAIT_S = 1.0  # doubles, at random
 LONGEST_RETRY_AFTER_S = 30.0
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 
@@ -85,17 +86,24 @@ class FolderReader:
     road = "folder"
 
     def __init__(
-        self, disk: FolderDisk, *, cookie: Callable[[], str], renew: Callable[[str], str], depth: int = DEPTH
+        self,
+        disk: FolderDisk,
+        *,
+        cookie: Callable[[], str],
+        renew: Callable[[str], str],
+        depth: int = DEPTH,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.size = disk.capacity_bytes
         self.source = disk.datastore_path
         self.depth = depth
         self._disk, self._url = disk, disk.flat_url()
         self._cookie, self._renew = cookie, renew
+        self._timeout_s = timeout_s
         self._sockets = _Sockets()
 
     def __enter__(self) -> Self:
-        self._client = _client(tls.context_for(self._disk.connection), self.depth)
+        self._client = _client(tls.context_for(self._disk.connection), self.depth, self._timeout_s)
         try:
             self._probe()
         except BaseException:
@@ -133,7 +141,7 @@ class FolderReader:
         patience = Retrying(
             retry=retry_if_exception_type(TransientFault) & retry_if_not_exception_type(_ServerError),
             stop=stop_after_attempt(PROBE_ATTEMPTS),
-            wait=wait_exponential_jitter(0.5, 5.0),
+            wait=wait_random_exponential(PROBE_WAIT_S, 5.0),
             reraise=True,
         )
         try:
@@ -224,12 +232,12 @@ class _Sockets:
                 socket.socket.shutdown(each, socket.SHUT_RDWR)  # not SSLSocket's own, which drops the TLS state
 
 
-def _client(context: ssl.SSLContext, connections: int) -> httpx.Client:
+def _client(context: ssl.SSLContext, connections: int, timeout_s: float) -> httpx.Client:
     """No proxy and no netrc of the environment, no redirects, no cookies but the one that is given."""
     return httpx.Client(
         verify=context,
         trust_env=False,
-        timeout=TIMEOUT_S,
+        timeout=timeout_s,
         limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
         headers={"Accept-Encoding": "identity"},
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),

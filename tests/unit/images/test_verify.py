@@ -1,0 +1,147 @@
+import threading
+from pathlib import Path
+
+import pytest
+
+from tasks.errors import IntegrityMismatch
+from tasks.images import qemu
+from tasks.images.copy import copy
+from tasks.images.digests import LEAF_BYTES, ZERO_RECORD, Digests
+from tasks.images.extents import whole_disk
+from tasks.images.raw import RawWriter
+from tasks.images.verify import verify
+from tasks.process import Stopped
+from tests.unit.images.fakes import FakeReader, ShiftingWriter, leaves
+
+CONTENT = leaves("ab0c" + 40 * "0" + "def0", tail=1024)
+FORMATS = pytest.mark.parametrize("format", ["raw", "qcow2"])
+
+
+def copied(folder: Path, format: qemu.Format, *, shift: tuple[int, int] = (-1, 0), content: bytes = CONTENT) -> Path:
+    """Copy `content` to an image of `format`, one write shifted; return its path."""
+    raw = folder / "x.raw.part"
+    writer = ShiftingWriter.create(raw, size=len(content))
+    writer.shift = shift
+    reader = FakeReader(content)
+    with writer, Digests.create(folder / "x.digests", size=len(content)) as digests:
+        copy(reader, whole_disk(reader.size), writer, digests=digests)
+    if format == "raw":
+        return raw
+    qemu.convert(raw, folder / "x.qcow2.part", source_format="raw", target_format="qcow2")
+    return folder / "x.qcow2.part"
+
+
+def read_back(path: Path, format: qemu.Format, **options: object) -> str:
+    with Digests.open(path.parent / "x.digests") as digests:
+        return verify(path, format=format, digests=digests, **options)  # type: ignore[arg-type]
+
+
+@FORMATS
+def test_what_was_copied_passes_and_progress_adds_up(tmp_path: Path, format: qemu.Format) -> None:
+    done: list[int] = []
+    how = read_back(copied(tmp_path, format), format, progress=done.append)
+    assert how == ("direct" if qemu.takes_direct(tmp_path) else "cached")
+    assert sum(done) == len(CONTENT)
+
+
+@FORMATS
+@pytest.mark.parametrize("by", [512, LEAF_BYTES, 20 * LEAF_BYTES])
+def test_a_write_at_a_wrong_offset_is_found(tmp_path: Path, format: qemu.Format, by: int) -> None:
+    with pytest.raises(IntegrityMismatch, match=f"the first at byte {LEAF_BYTES}"):
+        read_back(copied(tmp_path, format, shift=(LEAF_BYTES, by)), format)
+
+
+@pytest.mark.parametrize("offset", [0, LEAF_BYTES + 5, 20 * LEAF_BYTES, len(CONTENT) - 1])
+def test_a_flipped_bit_in_a_raw_target_is_found(tmp_path: Path, offset: int) -> None:
+    """In data, in a hole (whose record says zero), and in the last byte."""
+    path = copied(tmp_path, "raw")
+    _flip(path, offset)
+    with pytest.raises(IntegrityMismatch) as raised:
+        read_back(path, "raw")
+    assert (
+        raised.value.where == f"1 leaves of 262144 bytes differ, the first at byte {offset // LEAF_BYTES * LEAF_BYTES}"
+    )
+
+
+def test_a_flipped_bit_in_a_qcow2_target_is_found(tmp_path: Path) -> None:
+    path = copied(tmp_path, "qcow2")
+    _flip(path, path.read_bytes().index(CONTENT[LEAF_BYTES : LEAF_BYTES + 64]))
+    with pytest.raises(IntegrityMismatch, match=f"the first at byte {LEAF_BYTES}"):
+        read_back(path, "qcow2")
+
+
+@FORMATS
+def test_data_that_was_never_written_is_found(tmp_path: Path, format: qemu.Format) -> None:
+    """A hole where the record is not zero."""
+    path = copied(tmp_path, format)
+    with Digests.open(tmp_path / "x.digests", writable=True) as digests:
+        digests.put(20, b"r" * 32)
+    with pytest.raises(IntegrityMismatch, match=f"the first at byte {20 * LEAF_BYTES}"):
+        read_back(path, format)
+
+
+def test_data_where_the_record_says_zero_is_found(tmp_path: Path) -> None:
+    path = copied(tmp_path, "qcow2")
+    with Digests.open(tmp_path / "x.digests", writable=True) as digests:
+        digests.put(0, ZERO_RECORD)
+        digests.put(1, ZERO_RECORD)
+    with pytest.raises(IntegrityMismatch, match="2 leaves of 262144 bytes differ, the first at byte 0"):
+        read_back(path, "qcow2")
+
+
+@FORMATS
+def test_an_image_of_another_size_is_found(tmp_path: Path, format: qemu.Format) -> None:
+    path = copied(tmp_path, format)
+    with Digests.create(tmp_path / "x.digests", size=len(CONTENT) + LEAF_BYTES):
+        pass
+    with pytest.raises(IntegrityMismatch, match=f"a disk of {len(CONTENT)} bytes"):
+        read_back(path, format)
+
+
+def test_written_zeros_and_holes_are_the_same(tmp_path: Path) -> None:
+    path = copied(tmp_path, "raw")
+    with path.open("r+b") as file:
+        file.seek(20 * LEAF_BYTES)
+        file.write(bytes(LEAF_BYTES))
+    read_back(path, "raw")
+
+
+@pytest.mark.parametrize("size", [1, 512, LEAF_BYTES - 1, LEAF_BYTES + 513])
+def test_odd_sizes_pass(tmp_path: Path, size: int) -> None:
+    read_back(copied(tmp_path, "raw", content=leaves("ab")[:size]), "raw")
+
+
+def test_a_cut_qcow2_is_found(tmp_path: Path) -> None:
+    """Reading past the end of the file, QEMU gives zeros, and the digests know better."""
+    path = copied(tmp_path, "qcow2")
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 3 * LEAF_BYTES)
+    with pytest.raises(IntegrityMismatch):
+        read_back(path, "qcow2")
+
+
+def test_stop_ends_it(tmp_path: Path) -> None:
+    path, stop = copied(tmp_path, "raw"), threading.Event()
+    stop.set()
+    with pytest.raises(Stopped):
+        read_back(path, "raw", stop=stop)
+
+
+def test_holes_are_not_read(tmp_path: Path) -> None:
+    """A tebibyte of hole takes no time."""
+    path = tmp_path / "x"
+    size = 2**40
+    with (
+        RawWriter.create(path, size=size) as writer,
+        Digests.create(tmp_path / "x.digests", size=size),
+    ):
+        writer.flush()
+    read_back(path, "raw")
+
+
+def _flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        (byte,) = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
