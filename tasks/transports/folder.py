@@ -28,7 +28,14 @@ from tenacity import (
 )
 
 from tasks import tls
-from tasks.errors import ConnectionFailed, FileLocked, PermissionMissing, SessionExpired, UnsupportedDisk
+from tasks.errors import (
+    AuthenticationFailed,
+    ConnectionFailed,
+    FileLocked,
+    PermissionMissing,
+    SessionExpired,
+    UnsupportedDisk,
+)
 from tasks.models import SECTOR_BYTES, Connection, Extent, Value
 from tasks.reader import TransientFault
 
@@ -160,10 +167,18 @@ class FolderReader:
                 self._refuse(response)
                 yield response
                 return
-        _log.info("session refused, asking for a new one source=%r", self.source)
-        with self._errors(), self._send(extent, self._renew(cookie)) as response:
+        fresh = self._fresh(cookie)
+        with self._errors(), self._send(extent, fresh) as response:
             self._refuse(response)
             yield response
+
+    def _fresh(self, stale: str) -> str:
+        """Return a cookie that lives. A login that worked before and is refused now has another cause than a typo."""
+        _log.info("session refused, asking for a new one source=%r", self.source)
+        try:
+            return self._renew(stale)
+        except AuthenticationFailed as error:
+            raise SessionExpired(host=self._disk.connection.address) from error
 
     @contextmanager
     def _send(self, extent: Extent, cookie: str) -> Iterator[httpx.Response]:
