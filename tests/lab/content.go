@@ -66,7 +66,7 @@ func source(seed uint64, name string) *rand.ChaCha8 {
 
 // fill writes the content of a fresh disk: dataBytes of random data (about: runs are drawn) spread over it, about a
 // sixth as much in stored zeros, the rest left as holes. First and last sector are always data.
-func fill(x extent, size, dataBytes int64, src *rand.ChaCha8) error {
+func fill(write writeFunc, size, dataBytes int64, src *rand.ChaCha8) error {
 	r := rand.New(src)
 	share := float64(dataBytes) / float64(size)
 	step := int64(16 * contentUnit) // one run in each step
@@ -78,24 +78,24 @@ func fill(x extent, size, dataBytes int64, src *rand.ChaCha8) error {
 		room := min(step, size-at)
 		data := min(room, int64(float64(room)*share*(0.5+r.Float64()))/sectorSize*sectorSize)
 		start := at + r.Int64N((room-data)/sectorSize+1)*sectorSize
-		if err := put(x, start, data, buf, src); err != nil {
+		if err := put(write, start, data, buf, src); err != nil {
 			return err
 		}
 		zeros := min(data/6/sectorSize*sectorSize, at+room-start-data)
-		if err := put(x, start+data, zeros, buf, nil); err != nil {
+		if err := put(write, start+data, zeros, buf, nil); err != nil {
 			return err
 		}
 	}
 	last := make([]byte, sectorSize)
 	src.Read(last)
-	if err := x.writeAt(last, size-sectorSize); err != nil {
+	if err := write(last, size-sectorSize); err != nil {
 		return err
 	}
-	return x.writeAt(bootSector(), 0)
+	return write(bootSector(), 0)
 }
 
 // put writes n bytes at off: from src, or zeros.
-func put(x extent, off, n int64, buf []byte, src *rand.ChaCha8) error {
+func put(write writeFunc, off, n int64, buf []byte, src *rand.ChaCha8) error {
 	for n > 0 {
 		part := buf[:min(n, int64(len(buf)))]
 		if src != nil {
@@ -103,7 +103,7 @@ func put(x extent, off, n int64, buf []byte, src *rand.ChaCha8) error {
 		} else {
 			clear(part)
 		}
-		if err := x.writeAt(part, off); err != nil {
+		if err := write(part, off); err != nil {
 			return err
 		}
 		off, n = off+int64(len(part)), n-int64(len(part))

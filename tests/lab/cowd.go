@@ -18,8 +18,7 @@ const (
 	cowdHeaderLen    = 2048
 	cowdTableEntries = 4096
 	cowdTableSectors = cowdTableEntries * 4 / sectorSize
-	cowdTableSpan    = cowdTableEntries * sectorSize // bytes of disk that one grain table covers
-	cowdMaxSectors   = 1<<32 - 1                     // the format counts sectors in 32 bits
+	cowdMaxSectors   = 1<<32 - 1 // the format counts sectors in 32 bits
 )
 
 // cowdFile is one open delta. Its caller serialises access.
@@ -174,5 +173,7 @@ func (c *cowdFile) next(off int64) (start, length int64, ok bool) {
 	}
 	return 0, 0, false
 }
+
+func (c *cowdFile) grain() int64 { return sectorSize }
 
 func (c *cowdFile) close() error { return c.f.Close() }

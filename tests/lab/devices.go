@@ -65,7 +65,7 @@ func (m *machine) devices() object.VirtualDeviceList {
 	for _, d := range m.disks {
 		if key := d.controllerKey(); !made[key] {
 			made[key] = true
-			list = append(list, newController(d.spec.Controller, key, d.spec.Bus))
+			list = append(list, newController(d.spec, key))
 		}
 	}
 	for i, d := range m.disks {
@@ -77,13 +77,14 @@ func (m *machine) devices() object.VirtualDeviceList {
 	return list
 }
 
-func newController(kind string, key, bus int32) types.BaseVirtualDevice {
+func newController(spec diskSpec, key int32) types.BaseVirtualDevice {
+	kind, bus := spec.Controller, spec.Bus
 	base := types.VirtualController{BusNumber: bus}
 	base.Key, base.ControllerKey, base.UnitNumber = key, 100, types.NewInt32(key%1000%90+3)
 	label := fmt.Sprintf("%s %d", controllerKinds[kind].label, bus)
 	base.DeviceInfo = &types.Description{Label: label, Summary: label}
 	scsi := types.VirtualSCSIController{
-		VirtualController: base, SharedBus: types.VirtualSCSISharingNoSharing, ScsiCtlrUnitNumber: 7,
+		VirtualController: base, SharedBus: types.VirtualSCSISharing(spec.BusSharing), ScsiCtlrUnitNumber: 7,
 		HotAddRemove: types.NewBool(true),
 	}
 	switch kind {
@@ -116,24 +117,43 @@ func (d *disk) device(i int) *types.VirtualDisk {
 	return v
 }
 
-// backing describes layer i and, as its parents, those below.
-func (d *disk) backing(i int) types.BaseVirtualDeviceBackingInfo { return d.flatBacking(i) }
+// backing describes layer i and, as its parents, those below; a disk without an extent file as its kind.
+func (d *disk) backing(i int) types.BaseVirtualDeviceBackingInfo {
+	if !d.hasBytes() {
+		return d.objectBacking()
+	}
+	return d.chainBacking(d.layers[:i+1])
+}
 
-func (d *disk) flatBacking(i int) *types.VirtualDiskFlatVer2BackingInfo {
-	l := d.layers[i]
+// chainBacking is the backing of layers, the base first.
+func (d *disk) chainBacking(layers []*layer) types.BaseVirtualDeviceBackingInfo {
+	if d.spec.Backing == backingSeSparse {
+		return d.seSparseChain(layers)
+	}
+	return d.flatChain(layers)
+}
+
+func (d *disk) flatChain(layers []*layer) *types.VirtualDiskFlatVer2BackingInfo {
+	l, delta := layers[len(layers)-1], len(layers) > 1
 	no := types.NewBool(false)
 	b := &types.VirtualDiskFlatVer2BackingInfo{
-		DiskMode: d.spec.Mode, ThinProvisioned: types.NewBool(d.spec.Thin || i > 0),
+		DiskMode: d.spec.Mode, ThinProvisioned: types.NewBool(d.spec.Thin || delta),
 		Split: no, WriteThrough: no, EagerlyScrub: no, DigestEnabled: no,
-		Uuid: d.uuid, ContentId: fmt.Sprintf("%024x%08x", d.key, l.cid), Sharing: "sharingNone",
+		Uuid: d.uuid, ContentId: contentID(d, l), Sharing: d.spec.Sharing, KeyId: d.keyID(),
 	}
 	b.FileName, b.Datastore = d.datastorePath(l.descriptor), &d.ds.ref
-	if i > 0 {
-		b.DeltaDiskFormat, b.DeltaDiskFormatVariant = "redoLogFormat", "vmfsSparseVariant"
-		b.Parent = d.flatBacking(i - 1)
+	if !delta {
+		return b
 	}
+	b.DeltaDiskFormat, b.DeltaDiskFormatVariant = "redoLogFormat", "vmfsSparseVariant"
+	if _, se := l.store.(*seSparseFile); se {
+		b.DeltaDiskFormat, b.DeltaDiskFormatVariant = "seSparseFormat", ""
+	}
+	b.Parent = d.flatChain(layers[:len(layers)-1])
 	return b
 }
+
+func contentID(d *disk, l *layer) string { return fmt.Sprintf("%024x%08x", d.key, l.cid) }
 
 // backingName is the datastore path in the live VM's backing.
 func (d *disk) backingName() string {

@@ -14,13 +14,17 @@ import (
 // readFunc fills p with the bytes at off.
 type readFunc func(p []byte, off int64) error
 
-// extent is the file that holds a layer's bytes. Offsets and lengths are multiples of a sector.
+// writeFunc stores p at off.
+type writeFunc func(p []byte, off int64) error
+
+// extent is the file that holds a layer's bytes. Offsets and lengths are multiples of a sector, for writes of a grain.
 type extent interface {
 	// readOver fills p at off, asking below for what this extent does not hold.
 	readOver(p []byte, off int64, below readFunc) error
 	writeAt(p []byte, off int64) error
 	// next finds the first run of stored bytes at or after off.
 	next(off int64) (start, length int64, ok bool)
+	grain() int64
 	close() error
 }
 
@@ -36,7 +40,8 @@ type layer struct {
 // moment is a disk as of a snapshot: its layer was the top then.
 type moment struct {
 	layer  *layer
-	view   *view // set once the snapshot is gone
+	side   *layer // a delta of the snapshot's own, beside the guest's (vss.go)
+	view   *view  // set once the snapshot is gone
 	digest string
 }
 
@@ -56,6 +61,7 @@ type disk struct {
 	next     int                // number of the next delta
 	digest   string             // of the content now; "" when not known
 	touched  bool               // the top layer was written since it became the top
+	objectID string             // of a disk without an extent file (kinds.go)
 }
 
 // path is where file lies on this machine.
@@ -68,7 +74,7 @@ func (d *disk) datastorePath(file string) string {
 
 func (d *disk) top() *layer { return d.layers[len(d.layers)-1] }
 
-// copied says whether a snapshot puts a delta above this disk (independent disks and RDMs in physical mode are
+// snapshotted says whether a snapshot puts a delta above this disk (independent disks and RDMs in physical mode are
 // left out of snapshots; kinds without a flat file hold no bytes here).
 func (d *disk) snapshotted() bool { return d.spec.inSnapshots() && d.hasBytes() }
 
@@ -112,10 +118,11 @@ func (d *disk) markTouched() error {
 	return d.writeDescriptor(len(d.layers) - 1)
 }
 
-// writeLayer writes into layer i, whole sectors at a time, after keeping aside what that changes.
+// writeLayer writes into layer i, whole grains at a time, after keeping aside what that changes.
 func (d *disk) writeLayer(i int, off int64, p []byte) error {
-	start := off / sectorSize * sectorSize
-	end := (off + int64(len(p)) + sectorSize - 1) / sectorSize * sectorSize
+	grain := d.layers[i].store.grain()
+	start := off / grain * grain
+	end := min((off+int64(len(p))+grain-1)/grain*grain, d.capacity)
 	if err := d.preserve(i, start, end-start); err != nil {
 		return err
 	}
@@ -130,25 +137,49 @@ func (d *disk) writeLayer(i int, off int64, p []byte) error {
 	return d.layers[i].store.writeAt(p, start)
 }
 
-// freeze makes the present content the snapshot's: a fresh delta takes the guest's writes from now on.
-func (d *disk) freeze(snapshot string) error {
+// freeze makes the present content the snapshot's: a fresh delta takes the guest's writes from now on. With vss the
+// snapshot gets a delta of its own too.
+func (d *disk) freeze(snapshot string, vss bool) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.moments[snapshot] = &moment{layer: d.top(), digest: d.digest}
-	return d.pushDelta()
+	m := &moment{layer: d.top(), digest: d.digest}
+	d.moments[snapshot] = m
+	if err := d.pushDelta(); err != nil {
+		return err
+	}
+	if vss {
+		if err := d.addSide(m); err != nil {
+			return err
+		}
+	}
+	if d.lab.scenario.KeepFrozen {
+		return d.keepFrozen(snapshot, m)
+	}
+	return nil
+}
+
+// newDelta makes an empty delta above parent, descriptor not yet written.
+func (d *disk) newDelta(parent *layer) (*layer, error) {
+	d.next++
+	name := fmt.Sprintf("%s-%06d", d.base, d.next)
+	l := &layer{descriptor: name + ".vmdk", cid: parent.cid}
+	var err error
+	if d.capacity/sectorSize > cowdMaxSectors {
+		l.extentName = name + "-sesparse.vmdk"
+		l.store, err = createSeSparse(d.path(l.extentName), d.capacity)
+	} else {
+		l.extentName = name + "-delta.vmdk"
+		l.store, err = createCOWD(d.path(l.extentName), d.capacity, parent.descriptor)
+	}
+	return l, err
 }
 
 // pushDelta puts an empty delta on top.
 func (d *disk) pushDelta() error {
-	d.next++
-	name := fmt.Sprintf("%s-%06d", d.base, d.next)
-	parent := d.top()
-	l := &layer{descriptor: name + ".vmdk", extentName: name + "-delta.vmdk", cid: parent.cid}
-	store, err := createCOWD(d.path(l.extentName), d.capacity, parent.descriptor)
+	l, err := d.newDelta(d.top())
 	if err != nil {
 		return err
 	}
-	l.store = store
 	d.layers, d.touched = append(d.layers, l), false
 	return d.writeDescriptor(len(d.layers) - 1)
 }
@@ -161,6 +192,9 @@ func (d *disk) consolidate(snapshot string) error {
 	m := d.moments[snapshot]
 	if m == nil || m.view != nil {
 		return nil
+	}
+	if err := d.dropSide(m); err != nil {
+		return err
 	}
 	v, err := newView(d.lab.scratch)
 	if err != nil {
@@ -250,13 +284,13 @@ func (d *disk) sha256(snapshot string) (string, error) {
 		return "", fmt.Errorf("disk %d holds no bytes in the lab", d.key)
 	}
 	if snapshot == "" {
-		return d.hashInto(&d.digest, len(d.layers)-1, -1)
+		return d.hashInto(&d.digest, d.at(len(d.layers)-1, -1))
 	}
 	m := d.moments[snapshot]
 	if m == nil {
 		return "", fmt.Errorf("disk %d has no snapshot %q", d.key, snapshot)
 	}
-	return d.hashInto(&m.digest, d.index(m.layer), m.viewIndex())
+	return d.hashInto(&m.digest, d.of(m))
 }
 
 func (m *moment) viewIndex() int {
@@ -268,21 +302,47 @@ func (m *moment) viewIndex() int {
 	return -1
 }
 
-// hashInto computes and remembers the digest of layer i, as of its view k unless that is -1.
-func (d *disk) hashInto(known *string, i, k int) (string, error) {
+// content is something to hash: how to read it, and a test for ranges that nothing stores.
+type content struct {
+	read readFunc
+	hole func(off, n int64) bool
+}
+
+// at is the content of layer i, as of its view k unless that is -1.
+func (d *disk) at(i, k int) content {
+	if k < 0 {
+		return content{func(p []byte, off int64) error { return d.readLayer(i, p, off) }, d.holes(i, k)}
+	}
+	return content{func(p []byte, off int64) error { return d.readView(i, k, p, off) }, d.holes(i, k)}
+}
+
+// of is the content as of a snapshot.
+func (d *disk) of(m *moment) content {
+	c := d.at(d.index(m.layer), m.viewIndex())
+	if m.side == nil {
+		return c
+	}
+	below, hole := c.read, storedIn(m.side.store, d.capacity)
+	return content{
+		func(p []byte, off int64) error { return m.side.store.readOver(p, off, below) },
+		func(off, n int64) bool { return !hole(off, n) && c.hole(off, n) },
+	}
+}
+
+// hashInto computes and remembers a digest.
+func (d *disk) hashInto(known *string, c content) (string, error) {
 	if *known != "" {
 		return *known, nil
 	}
 	const chunk = 1 << 20
 	h, buf, zeros := sha256.New(), make([]byte, chunk), make([]byte, chunk)
-	hole := d.holes(i, k)
 	for off := int64(0); off < d.capacity; off += chunk {
 		part := buf[:min(chunk, d.capacity-off)]
-		if hole(off, int64(len(part))) {
+		if c.hole(off, int64(len(part))) {
 			h.Write(zeros[:len(part)])
 			continue
 		}
-		if err := d.readMoment(i, k, part, off); err != nil {
+		if err := c.read(part, off); err != nil {
 			return "", err
 		}
 		h.Write(part)
@@ -291,36 +351,41 @@ func (d *disk) hashInto(known *string, i, k int) (string, error) {
 	return *known, nil
 }
 
-func (d *disk) readMoment(i, k int, p []byte, off int64) error {
-	if k < 0 {
-		return d.readLayer(i, p, off)
+// storedIn gives a test whether x stores any of a range; it must be asked in rising order of offsets.
+func storedIn(x extent, capacity int64) func(off, n int64) bool {
+	start, end := int64(0), int64(0) // the next stored run, looked up when passed
+	return func(off, n int64) bool {
+		if end <= off {
+			s, l, ok := x.next(off)
+			if !ok {
+				s, l = capacity, 1
+			}
+			start, end = s, s+l
+		}
+		return start < off+n
 	}
-	return d.readView(i, k, p, off)
 }
 
-// holes gives a test for ranges that nothing stores; it must be asked in rising order of offsets.
+// holes gives a test for ranges that no layer up to i stores, nor view k of it.
 func (d *disk) holes(i, k int) func(off, n int64) bool {
-	starts := make([]int64, i+1) // the next stored byte of each layer, refreshed when passed
-	ends := make([]int64, i+1)
+	var stored []func(off, n int64) bool
+	for _, l := range d.layers[:i+1] {
+		stored = append(stored, storedIn(l.store, d.capacity))
+	}
+	var views []*view
+	if k >= 0 {
+		views = d.layers[i].views[k:]
+	}
 	return func(off, n int64) bool {
-		for j := 0; j <= i; j++ {
-			if ends[j] <= off {
-				s, l, ok := d.layers[j].store.next(off)
-				if !ok {
-					s, l = d.capacity, 1
-				}
-				starts[j], ends[j] = s, s+l
-			}
-			if starts[j] < off+n {
+		for _, in := range stored {
+			if in(off, n) {
 				return false
 			}
 		}
-		if k >= 0 {
-			for _, v := range d.layers[i].views[k:] {
-				for b := off / historyBlock; b*historyBlock < off+n; b++ {
-					if v.have[b] {
-						return false
-					}
+		for b := off / historyBlock; b*historyBlock < off+n; b++ {
+			for _, v := range views {
+				if v.have[b] {
+					return false
 				}
 			}
 		}

@@ -57,4 +57,6 @@ func (x *flatFile) next(off int64) (start, length int64, ok bool) {
 	return start, end - start, true
 }
 
+func (x *flatFile) grain() int64 { return sectorSize }
+
 func (x *flatFile) close() error { return x.f.Close() }

@@ -8,7 +8,9 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/google/uuid"
 	"github.com/vmware/govmomi/object"
+	"github.com/vmware/govmomi/simulator"
 	"github.com/vmware/govmomi/vim25/types"
 )
 
@@ -42,48 +44,75 @@ func (l *lab) buildInventory() error {
 			return fmt.Errorf("datacenter %q: %w", spec.Name, err)
 		}
 		l.datacenters = append(l.datacenters, dc)
-		for _, vm := range spec.VMs {
-			if err = l.buildVM(dc, vm); err != nil {
-				return fmt.Errorf("VM %q: %w", vm.Name, err)
-			}
+		if err = l.populate(dc); err != nil {
+			return err
 		}
-		if spec.Filler != nil {
-			if err = l.buildFiller(dc, *spec.Filler); err != nil {
-				return fmt.Errorf("filler: %w", err)
-			}
+	}
+	return nil
+}
+
+// populate makes the VMs of a datacenter; then its datastores get their types, which the simulator minds while it
+// creates files.
+func (l *lab) populate(dc *datacenter) error {
+	for _, vm := range dc.spec.VMs {
+		if err := l.buildVM(dc, vm); err != nil {
+			return fmt.Errorf("VM %q: %w", vm.Name, err)
+		}
+	}
+	if dc.spec.Filler != nil {
+		if err := l.buildFiller(dc, *dc.spec.Filler); err != nil {
+			return fmt.Errorf("filler: %w", err)
+		}
+	}
+	for _, spec := range dc.spec.Datastores {
+		if spec.Type != "" {
+			ds := l.ctx.Map.Get(dc.datastores[spec.Name].ref)
+			l.ctx.Map.AtomicUpdate(l.ctx, ds, []types.PropertyChange{{Name: "summary.type", Val: spec.Type}})
 		}
 	}
 	return nil
 }
 
 func (l *lab) buildDatacenter(spec datacenterSpec) (*datacenter, error) {
-	ctx := context.Background()
-	parent, err := subFolder(object.NewRootFolder(l.client), spec.Folder)
-	if err != nil {
-		return nil, err
-	}
-	made, err := parent.CreateDatacenter(ctx, decodeName(spec.Name))
-	if err != nil {
-		return nil, err
-	}
-	l.setName(made.Reference(), spec.Name)
 	dc := &datacenter{
-		spec: spec, ref: made.Reference(), path: joinPath(spec.Folder, spec.Name),
+		spec: spec, path: joinPath(spec.Folder, spec.Name),
 		hosts: map[string]*hostEntry{}, datastores: map[string]*datastore{}, dirs: map[string]bool{},
 	}
-	made.SetInventoryPath("/" + dc.path)
-	if dc.folders, err = made.Folders(ctx); err != nil {
+	var err error
+	if l.opts.esx {
+		err = l.adoptESX(dc)
+	} else if err = l.createDatacenter(dc); err == nil {
+		err = l.buildHosts(dc)
+	}
+	if err != nil {
 		return nil, err
 	}
-	if err = l.buildHosts(dc); err != nil {
-		return nil, err
-	}
-	for _, name := range spec.Datastores {
-		if err = l.buildDatastore(dc, name); err != nil {
-			return nil, fmt.Errorf("datastore %q: %w", name, err)
+	for _, ds := range spec.Datastores {
+		if err = l.buildDatastore(dc, ds.Name); err != nil {
+			return nil, fmt.Errorf("datastore %q: %w", ds.Name, err)
 		}
 	}
 	return dc, nil
+}
+
+func (l *lab) createDatacenter(dc *datacenter) error {
+	parent, err := subFolder(object.NewRootFolder(l.client), dc.spec.Folder)
+	if err != nil {
+		return err
+	}
+	made, err := parent.CreateDatacenter(context.Background(), decodeName(dc.spec.Name))
+	if err != nil {
+		return err
+	}
+	l.setName(made.Reference(), dc.spec.Name)
+	return l.useDatacenter(dc, made)
+}
+
+func (l *lab) useDatacenter(dc *datacenter, made *object.Datacenter) (err error) {
+	dc.ref = made.Reference()
+	made.SetInventoryPath("/" + dc.path)
+	dc.folders, err = made.Folders(context.Background())
+	return err
 }
 
 func (l *lab) buildHosts(dc *datacenter) error {
@@ -133,7 +162,16 @@ func (l *lab) addHost(dc *datacenter, name string, task *object.Task, err error)
 			return err
 		}
 	}
-	pool, err := object.NewHostSystem(l.client, ref).ResourcePool(ctx)
+	return l.noteHost(dc, name, ref)
+}
+
+// noteHost remembers a host for the VMs to come, and gives it a hardware UUID of its own.
+func (l *lab) noteHost(dc *datacenter, name string, ref types.ManagedObjectReference) error {
+	host, id := l.ctx.Map.Get(ref).(*simulator.HostSystem), uuid.NewString()
+	l.ctx.WithLock(host, func() {
+		host.Summary.Hardware.Uuid, host.Hardware.SystemInfo.Uuid = id, id
+	})
+	pool, err := object.NewHostSystem(l.client, ref).ResourcePool(context.Background())
 	dc.hosts[name] = &hostEntry{ref: ref, pool: pool}
 	return err
 }

@@ -84,9 +84,13 @@ func (l *lab) start() error {
 
 // build makes the simulator and its inventory.
 func (l *lab) build() error {
-	l.model = simulator.VPX()
+	if l.opts.esx {
+		l.model = simulator.ESX()
+	} else {
+		l.model = simulator.VPX()
+		l.model.ServiceContent.About.InstanceUuid = uuid.NewString()
+	}
 	l.model.Datacenter, l.model.Datastore, l.model.Machine = 0, 0, 0
-	l.model.ServiceContent.About.InstanceUuid = uuid.NewString()
 	if err := l.model.Create(); err != nil {
 		return err
 	}

@@ -17,8 +17,8 @@ func (l *lab) holder(file string) (owner *machine, locked bool) {
 				continue
 			}
 			owner = m
-			if at := d.layerOf(filepath.Base(file)); at >= 0 {
-				return m, m.on.Load() && l.refuses(at == d.depth()-1)
+			if held, live := d.holds(filepath.Base(file)); held {
+				return m, m.on.Load() && l.refuses(live)
 			}
 		}
 		if owner == nil && filepath.Dir(file) == filepath.Join(m.ds.dir, m.dir) {
@@ -32,20 +32,19 @@ func (l *lab) refuses(live bool) bool {
 	return l.scenario.Locks == locksStrict || l.scenario.Locks == locksLive && live
 }
 
-// layerOf is the layer whose extent has that name, -1 if none.
-func (d *disk) layerOf(name string) int {
+// holds says whether an extent of the disk has that name, and whether the guest writes to it.
+func (d *disk) holds(name string) (held, live bool) {
 	d.mu.RLock()
 	defer d.mu.RUnlock()
 	for i, layer := range d.layers {
 		if layer.extentName == name {
-			return i
+			return true, i == len(d.layers)-1
 		}
 	}
-	return -1
-}
-
-func (d *disk) depth() int {
-	d.mu.RLock()
-	defer d.mu.RUnlock()
-	return len(d.layers)
+	for _, m := range d.moments {
+		if m.side != nil && m.view == nil && m.side.extentName == name {
+			return true, false
+		}
+	}
+	return false, false
 }

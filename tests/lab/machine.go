@@ -40,7 +40,7 @@ func (l *lab) buildVM(dc *datacenter, spec vmSpec) error {
 		lab: l, dc: dc, ds: ds, spec: spec,
 		fileKeys: map[string]int32{}, dataFiles: map[types.ManagedObjectReference]string{},
 	}
-	m.dir = dc.claimDir(spec.Datastore, spec.Dir)
+	m.dir = m.dirOn(ds)
 	m.path = "/" + joinPath(dc.path, "vm", spec.Folder, spec.Name)
 	if err := os.MkdirAll(path.Join(ds.dir, m.dir), 0o755); err != nil {
 		return err
@@ -54,6 +54,20 @@ func (l *lab) buildVM(dc *datacenter, spec vmSpec) error {
 	l.machines[m.Self] = m
 	l.order = append(l.order, m)
 	return m.finish()
+}
+
+// dirOn is a new folder for the VM on ds.
+func (m *machine) dirOn(ds *datastore) string {
+	return m.dc.claimDir(ds.name, homeDir(m.dc.typeOf(ds.name), m.spec.Dir))
+}
+
+func (dc *datacenter) typeOf(name string) string {
+	for _, spec := range dc.spec.Datastores {
+		if spec.Name == name {
+			return spec.Type
+		}
+	}
+	return ""
 }
 
 // claimDir is dir, or dir_1, dir_2… where a VM is there already.
@@ -144,7 +158,10 @@ func (m *machine) finish() error {
 		}
 	}
 	ctx.WithLock(vm, m.setGuest)
-	return m.refresh(ctx)
+	if err := m.refresh(ctx); err != nil {
+		return err
+	}
+	return m.playPast()
 }
 
 // setStates fills enums that the simulator leaves empty, on which pyvmomi raises AttributeError.
@@ -153,6 +170,11 @@ func (m *machine) setStates() {
 		r.FaultToleranceState = types.VirtualMachineFaultToleranceStateNotConfigured
 		r.RecordReplayState = types.VirtualMachineRecordReplayStateInactive
 		r.Host = m.Runtime.Host
+	}
+	for _, d := range m.disks {
+		if d.spec.Encrypted {
+			m.Config.KeyId = d.keyID()
+		}
 	}
 	for _, device := range m.Config.Hardware.Device {
 		for _, d := range m.disks {

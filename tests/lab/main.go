@@ -27,6 +27,7 @@ type options struct {
 	diskSize                          string
 	seed                              uint64
 	state, scenario                   string
+	esx                               bool
 }
 
 func parseFlags(args []string) (options, error) {
@@ -46,6 +47,7 @@ func parseFlags(args []string) (options, error) {
 	f.Uint64Var(&o.seed, "seed", 1, "seed of the disks' content")
 	f.StringVar(&o.state, "state", "", "directory for the datastores; a temporary one when empty, removed at the end")
 	f.StringVar(&o.scenario, "scenario", "", "JSON file with the inventory; see scenario.go")
+	f.BoolVar(&o.esx, "esx", false, "play a lone ESXi host; the scenario's first datacenter becomes ha-datacenter")
 	if err := f.Parse(args); err != nil {
 		return o, err
 	}

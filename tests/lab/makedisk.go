@@ -20,10 +20,13 @@ func (m *machine) makeDisk(i int, spec diskSpec, key int32) (*disk, error) {
 		capacity: int64(spec.Size), moments: map[string]*moment{},
 	}
 	if ds != m.ds {
-		d.dir = m.dc.claimDir(ds.name, m.spec.Dir)
+		d.dir = m.dirOn(ds)
 	}
 	if err := os.MkdirAll(path.Join(ds.dir, d.dir), 0o755); err != nil {
 		return nil, err
+	}
+	if spec.Backing != backingFlat && spec.Backing != backingSeSparse {
+		return d, d.createObject()
 	}
 	return d, d.createBase(fmt.Sprintf("%s#%d", m.path, i))
 }
@@ -31,25 +34,31 @@ func (m *machine) makeDisk(i int, spec diskSpec, key int32) (*disk, error) {
 // diskUUID is a new disk UUID, with the first bytes VMware gives to virtual disks.
 func diskUUID() string { return "6000C29" + newUUID(0x60, 0x00, 0xC2, 0x90)[7:] }
 
-// createBase makes the flat extent and its content, which follows from the seed and the name.
-func (d *disk) createBase(name string) error {
+// createBase makes the base extent and its content, which follows from the seed and the name.
+func (d *disk) createBase(name string) (err error) {
 	l := &layer{descriptor: d.base + ".vmdk", extentName: d.base + "-flat.vmdk", cid: rand.Uint32()}
-	x, err := createFlat(d.path(l.extentName), d.capacity)
+	if d.spec.Backing == backingSeSparse {
+		l.extentName = d.base + "-sesparse.vmdk"
+		l.store, err = createSeSparse(d.path(l.extentName), d.capacity)
+	} else {
+		l.store, err = createFlat(d.path(l.extentName), d.capacity)
+	}
 	if err != nil {
 		return err
 	}
-	l.store, d.layers = x, []*layer{l}
+	d.layers = []*layer{l}
 	if err = d.writeDescriptor(0); err != nil {
 		return err
 	}
-	if d.spec.From != "" {
-		return copySparse(x, d.spec.From)
+	if flat, ok := l.store.(*flatFile); ok && d.spec.From != "" {
+		return copySparse(flat, d.spec.From)
 	}
 	seed := d.lab.opts.seed
 	if d.spec.Seed != nil {
 		seed = *d.spec.Seed
 	}
-	return fill(x, d.capacity, int64(*d.spec.Data), source(seed, name))
+	write := func(p []byte, off int64) error { return d.writeLayer(0, off, p) }
+	return fill(write, d.capacity, int64(*d.spec.Data), source(seed, name))
 }
 
 // copySparse copies a raw image into x, leaving out its holes.

@@ -22,6 +22,20 @@ var (
 	emptyMember = regexp.MustCompile(`<propSet><name>[^<]*</name></propSet>`)
 )
 
+var (
+	fetchRequest = regexp.MustCompile(`<(?:\w+:)?Fetch[\s>]`)
+	wrongReply   = regexp.MustCompile(`(?s)<RetrievePropertiesExResponse.*</RetrievePropertiesExResponse>`)
+)
+
+// fetchReply puts right what the simulator answers to a Fetch of a property without a value: the reply to another
+// call, on which pyvmomi raises AttributeError.
+func fetchReply(request, reply []byte) []byte {
+	if !fetchRequest.Match(request[:min(len(request), 2048)]) {
+		return reply
+	}
+	return wrongReply.ReplaceAll(reply, []byte(`<FetchResponse xmlns="urn:vim25"></FetchResponse>`))
+}
+
 // typeArrayMembers adds the types, and leaves out properties without a value, which vCenter does not send.
 func typeArrayMembers(body []byte) []byte {
 	if !bytes.Contains(body, typeAttr) && !bytes.Contains(body, []byte("</name></propSet>")) {

@@ -5,7 +5,7 @@
 //	    "name": "DC", "folder": "a/b",                      folder: datacenter folders, "/" between them
 //	    "clusters": [{"name": "c", "folder": "", "hosts": ["esx1"]}],
 //	    "standalone_hosts": ["esx9", {"name": "esx8", "folder": "racks/r1"}],
-//	    "datastores": ["datastore1"],                       default; each a folder of -state
+//	    "datastores": ["datastore1", {"name": "v", "type": "vsan"}],   default: datastore1; each a folder of -state
 //	    "vms": [{
 //	      "name": "web", "folder": "prod/eu",               VM folders below the datacenter's
 //	      "host": "esx1",                                   default: the first host
@@ -14,6 +14,9 @@
 //	      "firmware": "bios", "cpus": 1, "memory_mib": 512, "guest_id": "otherLinux64Guest",
 //	      "tools": true,                                    guest tools run (default)
 //	      "quiesce": "ok",                                  or "fail": ApplicationQuiesceFault
+//	      "vss": false,                                     a quiesced snapshot leaves two redo logs: see vss.go
+//	      "snapshots": [{"name": "s", "description": "", "writes": "1MiB"}],   made by somebody else, in a chain
+//	      "consolidation_needed": false,                    deltas that no snapshot explains
 //	      "instance_uuid": "", "bios_uuid": "",             drawn when not given
 //	      "nics": ["vmxnet3"],                              default: one; e1000, e1000e, vmxnet2, vmxnet3
 //	      "disks": [{
@@ -24,14 +27,19 @@
 //	        "thin": true, "mode": "persistent",             any vSphere disk mode
 //	        "data": "16MiB",                                stored data; default 40 % of size, at most 256 MiB
 //	        "seed": 7,                                      default: from -seed, VM and disk
-//	        "from": "/path/disk.raw"                        content copied from a file instead
+//	        "from": "/path/disk.raw",                       content copied from a file instead
+//	        "backing": "flat",                              vsan, vvol, sesparse, rdm, rdm_physical: see kinds.go
+//	        "sharing": "sharingNone",                       or sharingMultiWriter
+//	        "bus_sharing": "noSharing",                     of its controller: virtualSharing, physicalSharing
+//	        "encrypted": false
 //	      }]
 //	    }],
-//	    "filler": {"count": 10000, "prefix": "vm-", "folder": "filler"}   VMs without files
+//	    "filler": {"count": 10000, "prefix": "vm-", "folder": "filler"}   VMs without disks or files
 //	  }],
 //	  "locks": "live",              which extents of a running VM /folder refuses: see locks.go
 //	  "keep_frozen": false,         copy each chain as of its snapshot to DIR/frozen/<snapshot moref>/
-//	  "host_ignores_range": false   /folder answers 200 and the whole file to a Range request
+//	  "host_ignores_range": false,  /folder answers 200 and the whole file to a Range request
+//	  "free_licence": false         calls that change something answer RestrictedVersion, as on a free ESXi
 //	}
 //
 // Names are given as vSphere stores them: "%25", "%2f" and "%5c" stand for "%", "/" and "\". The same VM name may
@@ -43,8 +51,11 @@ import (
 	"fmt"
 	"math"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/vmware/govmomi/vim25/types"
 )
 
 type scenario struct {
@@ -52,16 +63,17 @@ type scenario struct {
 	Locks            string           `json:"locks"`
 	KeepFrozen       bool             `json:"keep_frozen"`
 	HostIgnoresRange bool             `json:"host_ignores_range"`
+	FreeLicence      bool             `json:"free_licence"`
 }
 
 type datacenterSpec struct {
-	Name            string        `json:"name"`
-	Folder          string        `json:"folder"`
-	Clusters        []clusterSpec `json:"clusters"`
-	StandaloneHosts []hostSpec    `json:"standalone_hosts"`
-	Datastores      []string      `json:"datastores"`
-	VMs             []vmSpec      `json:"vms"`
-	Filler          *fillerSpec   `json:"filler"`
+	Name            string          `json:"name"`
+	Folder          string          `json:"folder"`
+	Clusters        []clusterSpec   `json:"clusters"`
+	StandaloneHosts []hostSpec      `json:"standalone_hosts"`
+	Datastores      []datastoreSpec `json:"datastores"`
+	VMs             []vmSpec        `json:"vms"`
+	Filler          *fillerSpec     `json:"filler"`
 }
 
 type clusterSpec struct {
@@ -84,23 +96,46 @@ func (h *hostSpec) UnmarshalJSON(b []byte) error {
 	return strictUnmarshal(b, (*plain)(h))
 }
 
+type datastoreSpec struct {
+	Name string `json:"name"`
+	Type string `json:"type"` // summary.type: VMFS, NFS, vsan, VVOL
+}
+
+// UnmarshalJSON takes a bare name too.
+func (d *datastoreSpec) UnmarshalJSON(b []byte) error {
+	if b[0] == '"' {
+		return json.Unmarshal(b, &d.Name)
+	}
+	type plain datastoreSpec
+	return strictUnmarshal(b, (*plain)(d))
+}
+
 type vmSpec struct {
-	Name         string     `json:"name"`
-	Folder       string     `json:"folder"`
-	Host         string     `json:"host"`
-	Datastore    string     `json:"datastore"`
-	Dir          string     `json:"dir"`
-	Power        string     `json:"power"`
-	Firmware     string     `json:"firmware"`
-	CPUs         int32      `json:"cpus"`
-	MemoryMiB    int64      `json:"memory_mib"`
-	GuestID      string     `json:"guest_id"`
-	Tools        *bool      `json:"tools"`
-	Quiesce      string     `json:"quiesce"`
-	InstanceUUID string     `json:"instance_uuid"`
-	BIOSUUID     string     `json:"bios_uuid"`
-	NICs         []string   `json:"nics"`
-	Disks        []diskSpec `json:"disks"`
+	Name                string         `json:"name"`
+	Folder              string         `json:"folder"`
+	Host                string         `json:"host"`
+	Datastore           string         `json:"datastore"`
+	Dir                 string         `json:"dir"`
+	Power               string         `json:"power"`
+	Firmware            string         `json:"firmware"`
+	CPUs                int32          `json:"cpus"`
+	MemoryMiB           int64          `json:"memory_mib"`
+	GuestID             string         `json:"guest_id"`
+	Tools               *bool          `json:"tools"`
+	Quiesce             string         `json:"quiesce"`
+	VSS                 bool           `json:"vss"`
+	Snapshots           []snapshotSpec `json:"snapshots"`
+	ConsolidationNeeded bool           `json:"consolidation_needed"`
+	InstanceUUID        string         `json:"instance_uuid"`
+	BIOSUUID            string         `json:"bios_uuid"`
+	NICs                []string       `json:"nics"`
+	Disks               []diskSpec     `json:"disks"`
+}
+
+type snapshotSpec struct {
+	Name        string   `json:"name"`
+	Description string   `json:"description"`
+	Writes      byteSize `json:"writes"` // what the guest writes afterwards
 }
 
 type diskSpec struct {
@@ -115,6 +150,10 @@ type diskSpec struct {
 	Data       *byteSize `json:"data"`
 	Seed       *uint64   `json:"seed"`
 	From       string    `json:"from"`
+	Backing    string    `json:"backing"`
+	Sharing    string    `json:"sharing"`
+	BusSharing string    `json:"bus_sharing"`
+	Encrypted  bool      `json:"encrypted"`
 }
 
 type fillerSpec struct {
@@ -195,6 +234,10 @@ func flagScenario(o options) (*scenario, error) {
 		vm.Disks = append(vm.Disks, diskSpec{Size: size, Thin: true})
 	}
 	dc := datacenterSpec{Name: o.dc, VMs: []vmSpec{vm}}
+	if o.esx {
+		dc.StandaloneHosts = []hostSpec{{Name: o.host}}
+		return &scenario{Datacenters: []datacenterSpec{dc}}, nil
+	}
 	if o.cluster != "" && o.host != "" {
 		dc.Clusters = []clusterSpec{{Name: o.cluster, Hosts: []string{o.host}}}
 	}
@@ -212,6 +255,9 @@ func (s *scenario) complete() error {
 	if s.Locks != locksLive && s.Locks != locksStrict && s.Locks != locksOff {
 		return fmt.Errorf("locks: %q is not %q, %q or %q", s.Locks, locksLive, locksStrict, locksOff)
 	}
+	if len(s.Datacenters) == 0 {
+		return fmt.Errorf("no datacenters")
+	}
 	for i := range s.Datacenters {
 		if err := s.Datacenters[i].complete(); err != nil {
 			return fmt.Errorf("datacenter %q: %w", s.Datacenters[i].Name, err)
@@ -225,7 +271,7 @@ func (dc *datacenterSpec) complete() error {
 		return fmt.Errorf("has no name")
 	}
 	if len(dc.Datastores) == 0 {
-		dc.Datastores = []string{"datastore1"}
+		dc.Datastores = []datastoreSpec{{Name: "datastore1"}}
 	}
 	if dc.firstHost() == "" {
 		return fmt.Errorf("has no host")
@@ -255,7 +301,7 @@ func (v *vmSpec) complete(dc *datacenterSpec) error {
 		return fmt.Errorf("has no name")
 	}
 	setDefault(&v.Host, dc.firstHost())
-	setDefault(&v.Datastore, dc.Datastores[0])
+	setDefault(&v.Datastore, dc.Datastores[0].Name)
 	setDefault(&v.Dir, fileName(v.Name))
 	setDefault(&v.Power, "on")
 	setDefault(&v.Firmware, "bios")
@@ -282,6 +328,12 @@ func (d *diskSpec) complete(v *vmSpec, i int) error {
 	setDefault(&d.Controller, "pvscsi")
 	setDefault(&d.Datastore, v.Datastore)
 	setDefault(&d.Mode, "persistent")
+	setDefault(&d.Backing, backingFlat)
+	setDefault(&d.Sharing, string(types.VirtualDiskSharingSharingNone))
+	setDefault(&d.BusSharing, string(types.VirtualSCSISharingNoSharing))
+	if !slices.Contains(backings, d.Backing) {
+		return fmt.Errorf("backing: %q is none of %v", d.Backing, backings)
+	}
 	if d.File == "" {
 		d.File = fileName(v.Name)
 		if i > 0 {

@@ -76,7 +76,7 @@ func (m *machine) createSnapshot(
 		if !d.snapshotted() {
 			continue
 		}
-		if err := d.freeze(ref.Value); err != nil {
+		if err := d.freeze(ref.Value, m.spec.VSS && quiesce && m.on.Load()); err != nil {
 			return nil, fileFault(d, err)
 		}
 	}
@@ -177,6 +177,9 @@ func (m *machine) withBackings(devices []types.BaseVirtualDevice, ref string) []
 			}
 			copied := *old
 			copied.Backing = d.backing(at)
+			if ref != "" {
+				copied.Backing = d.momentBacking(ref, at)
+			}
 			out[i] = &copied
 		}
 	}

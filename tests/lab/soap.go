@@ -2,6 +2,8 @@
 package main
 
 import (
+	"bytes"
+	"io"
 	"net/http"
 	"regexp"
 	"strings"
@@ -30,11 +32,25 @@ func (l *lab) handle(ctx *simulator.Context, method *simulator.Method) (mo.Refer
 	if fault := l.faults.onCall(method); fault != nil {
 		return nil, fault
 	}
+	if l.scenario.FreeLicence && changesSomething(method.Name) {
+		return nil, &types.RestrictedVersion{}
+	}
 	completeRequest(method)
 	if ctx.Session != nil {
 		l.putWrapper(ctx.Session.Registry, method.This)
 	}
 	return nil, nil
+}
+
+// changesSomething tells the calls that a free licence forbids: the API is read-only under it.
+func changesSomething(method string) bool {
+	switch method {
+	case "SearchDatastore_Task", "SearchDatastoreSubFolders_Task":
+		return false
+	case "ShutdownGuest", "RebootGuest", "ExportVm", "ExportSnapshot", "UnregisterVM":
+		return true
+	}
+	return strings.HasSuffix(method, "_Task")
 }
 
 // completeRequest fills in what vCenter takes as given and the simulator trips over.
@@ -111,9 +127,15 @@ func (h *heldReply) Write(p []byte) (int, error) {
 var ticketReply = regexp.MustCompile(`<AcquireGenericServiceTicketResponse[^>]*>.*?<id>([^<]+)</id>`)
 
 func (l *lab) serveSOAP(w http.ResponseWriter, r *http.Request, next http.Handler) {
+	request, err := io.ReadAll(r.Body)
+	if err != nil {
+		w.WriteHeader(http.StatusBadRequest)
+		return
+	}
+	r.Body = io.NopCloser(bytes.NewReader(request))
 	held := &heldReply{header: w.Header(), status: http.StatusOK}
 	next.ServeHTTP(held, r)
-	body := typeArrayMembers(held.body)
+	body := typeArrayMembers(fetchReply(request, held.body))
 	head := string(body[:min(len(body), 1024)])
 	if held.status == http.StatusOK && strings.Contains(head, "<Login") {
 		l.stats.loggedIn()

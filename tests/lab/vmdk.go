@@ -9,30 +9,52 @@ import (
 
 // writeDescriptor writes the descriptor of layer i as the chain now is.
 func (d *disk) writeDescriptor(i int) error {
-	l := d.layers[i]
+	if i > 0 {
+		return d.writeDeltaDescriptor(d.layers[i], d.layers[i-1])
+	}
+	l := d.layers[0]
 	var b strings.Builder
-	fmt.Fprintf(&b, "# Disk DescriptorFile\nversion=1\nencoding=\"UTF-8\"\nCID=%08x\n", l.cid)
-	if i == 0 {
-		fmt.Fprintf(&b, "parentCID=ffffffff\nisNativeSnapshot=\"no\"\ncreateType=\"monolithicFlat\"\n")
-		fmt.Fprintf(&b, "\n# Extent description\nRW %d FLAT \"%s\" 0\n", d.capacity/sectorSize, l.extentName)
+	if d.spec.Backing == backingSeSparse {
+		descriptorHead(&b, l.cid, 0xffffffff, "seSparse")
+		fmt.Fprintf(&b, "\n# Extent description\nRW %d SESPARSE \"%s\"\n", d.capacity/sectorSize, l.extentName)
 	} else {
-		parent := d.layers[i-1]
-		fmt.Fprintf(&b, "parentCID=%08x\nisNativeSnapshot=\"no\"\ncreateType=\"vmfsSparse\"\n", parent.cid)
-		fmt.Fprintf(&b, "parentFileNameHint=\"%s\"\n", parent.descriptor)
-		fmt.Fprintf(&b, "\n# Extent description\nRW %d VMFSSPARSE \"%s\"\n", d.capacity/sectorSize, l.extentName)
+		descriptorHead(&b, l.cid, 0xffffffff, "monolithicFlat")
+		fmt.Fprintf(&b, "\n# Extent description\nRW %d FLAT \"%s\" 0\n", d.capacity/sectorSize, l.extentName)
 	}
 	b.WriteString("\n# The Disk Data Base\n#DDB\n\n")
-	if i == 0 {
-		cylinders := min(d.capacity/sectorSize/255/63, 65535)
-		fmt.Fprintf(&b, "ddb.adapterType = \"%s\"\n", d.spec.adapterType())
-		fmt.Fprintf(&b, "ddb.geometry.cylinders = \"%d\"\nddb.geometry.heads = \"255\"\n", cylinders)
-		b.WriteString("ddb.geometry.sectors = \"63\"\nddb.virtualHWVersion = \"19\"\n")
-		fmt.Fprintf(&b, "ddb.uuid = \"%s\"\n", ddbUUID(d.uuid))
-		if d.spec.Thin {
-			b.WriteString("ddb.thinProvisioned = \"1\"\n")
-		}
+	cylinders := min(d.capacity/sectorSize/255/63, 65535)
+	fmt.Fprintf(&b, "ddb.adapterType = \"%s\"\n", d.spec.adapterType())
+	fmt.Fprintf(&b, "ddb.geometry.cylinders = \"%d\"\nddb.geometry.heads = \"255\"\n", cylinders)
+	b.WriteString("ddb.geometry.sectors = \"63\"\nddb.virtualHWVersion = \"19\"\n")
+	fmt.Fprintf(&b, "ddb.uuid = \"%s\"\n", ddbUUID(d.uuid))
+	if d.spec.Thin {
+		b.WriteString("ddb.thinProvisioned = \"1\"\n")
 	}
-	fmt.Fprintf(&b, "ddb.longContentID = \"%024x%08x\"\n", d.key, l.cid)
+	return d.writeText(&b, l)
+}
+
+// writeDeltaDescriptor writes the descriptor of a delta above parent.
+func (d *disk) writeDeltaDescriptor(l, parent *layer) error {
+	kind := "vmfsSparse"
+	if _, se := l.store.(*seSparseFile); se {
+		kind = "seSparse"
+	}
+	var b strings.Builder
+	descriptorHead(&b, l.cid, parent.cid, kind)
+	fmt.Fprintf(&b, "parentFileNameHint=\"%s\"\n", parent.descriptor)
+	fmt.Fprintf(&b, "\n# Extent description\nRW %d %s \"%s\"\n", d.capacity/sectorSize, strings.ToUpper(kind), l.extentName)
+	b.WriteString("\n# The Disk Data Base\n#DDB\n\n")
+	return d.writeText(&b, l)
+}
+
+func descriptorHead(b *strings.Builder, cid, parent uint32, kind string) {
+	fmt.Fprintf(b, "# Disk DescriptorFile\nversion=1\nencoding=\"UTF-8\"\nCID=%08x\n", cid)
+	fmt.Fprintf(b, "parentCID=%08x\nisNativeSnapshot=\"no\"\ncreateType=\"%s\"\n", parent, kind)
+}
+
+// writeText puts the descriptor in place at once, whole.
+func (d *disk) writeText(b *strings.Builder, l *layer) error {
+	fmt.Fprintf(b, "ddb.longContentID = \"%024x%08x\"\n", d.key, l.cid)
 	tmp := d.path(l.descriptor) + "~"
 	if err := os.WriteFile(tmp, []byte(b.String()), 0o600); err != nil {
 		return err
