@@ -184,9 +184,9 @@ func (d *disk) pushDelta() error {
 	return d.writeDescriptor(len(d.layers) - 1)
 }
 
-// consolidate ends a snapshot: the delta above the layer it had frozen is merged into that layer, unless another
-// snapshot froze the same layer.
-func (d *disk) consolidate(snapshot string) error {
+// release ends a snapshot: the delta above the layer it had frozen is merged into that layer, unless another snapshot
+// froze the same layer, or merge is false.
+func (d *disk) release(snapshot string, merge bool) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	m := d.moments[snapshot]
@@ -201,7 +201,7 @@ func (d *disk) consolidate(snapshot string) error {
 		return err
 	}
 	m.layer.views, m.view = append(m.layer.views, v), v
-	if d.frozen(m.layer) {
+	if d.frozen(m.layer) || !merge {
 		return nil
 	}
 	return d.mergeAbove(d.index(m.layer))

@@ -29,5 +29,6 @@ func (l *lab) adoptESX(dc *datacenter) error {
 	l.ctx.Map.AtomicUpdate(l.ctx, host, []types.PropertyChange{
 		{Name: "name", Val: name}, {Name: "summary.config.name", Val: name},
 	})
+	l.setName(*host.Parent, name) // its compute resource
 	return l.noteHost(dc, name, host.Self)
 }

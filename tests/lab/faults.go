@@ -10,6 +10,7 @@
 //	                 "in_task": true, "message": "…", "detail": {…}}}
 //	                                       the call fails, or with in_task (the methods in taskMethods) its task;
 //	                                       detail: fields of the fault, named as in the vSphere API
+//	{"merge_fails": 1}                     the next snapshot removal leaves its deltas: consolidationNeeded
 //	{"refuse_privilege": "Datastore.Browse"}   calls that need it answer NoPermission, /folder 403; see privileges
 //	{"clear": true}                        ends all of these first
 package main
@@ -33,6 +34,7 @@ type faultRequest struct {
 	CutAfter        *int64      `json:"cut_after"`
 	StallS          *float64    `json:"stall_s"`
 	Count           *int        `json:"count"`
+	MergeFails      *int        `json:"merge_fails"`
 	Throttle        *int64      `json:"throttle_bytes_per_s"`
 	FailMethod      *failMethod `json:"fail_method"`
 	RefusePrivilege string      `json:"refuse_privilege"`
@@ -50,7 +52,7 @@ type failMethod struct {
 // taskMethods can fail in their task.
 var taskMethods = []string{
 	"CreateSnapshot_Task", "CreateSnapshotEx_Task", "RemoveSnapshot_Task", "RemoveAllSnapshots_Task",
-	"ConsolidateVMDisks_Task",
+	"ConsolidateVMDisks_Task", "ReconfigVM_Task",
 }
 
 // privileges that can be refused, with the methods that need them (vSphere Web Services API, "Required Privileges").
@@ -108,6 +110,7 @@ type faults struct {
 	stall      countdown
 	stallS     float64
 	throttle   int64
+	merge      countdown
 	refused    map[string]bool
 	taskFaults []*taskFault
 }
@@ -127,6 +130,9 @@ func (f *faults) set(r faultRequest) error {
 	}
 	if r.Folder503 != nil {
 		f.folder503 = countdown{left: *r.Folder503}
+	}
+	if r.MergeFails != nil {
+		f.merge = countdown{left: *r.MergeFails}
 	}
 	if r.CutAfter != nil {
 		f.cutAfter, f.cut = *r.CutAfter, newCountdown(r.Count)
@@ -152,7 +158,7 @@ func (f *faults) set(r faultRequest) error {
 
 func (f *faults) clear() {
 	f.noLogin, f.throttle = false, 0
-	f.folder503, f.cut, f.stall = countdown{}, countdown{}, countdown{}
+	f.folder503, f.cut, f.stall, f.merge = countdown{}, countdown{}, countdown{}, countdown{}
 	f.refused, f.taskFaults = map[string]bool{}, nil
 	f.lab.model.Service.ClearFaultRules()
 }
@@ -231,6 +237,13 @@ func (f *faults) takeTaskFault(method string) types.BaseMethodFault {
 		}
 	}
 	return nil
+}
+
+// mergeFails says whether this removal of a snapshot leaves its deltas.
+func (f *faults) mergeFails() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.merge.take()
 }
 
 // onCall is the fault a SOAP call meets before the simulator sees it.

@@ -103,7 +103,7 @@ func (s *snapshot) RemoveSnapshotTask(ctx *simulator.Context, req *types.RemoveS
 				gone = append(gone, m.descendants(s.Self)...)
 			}
 			res := s.VirtualMachineSnapshot.RemoveSnapshotTask(ctx, req).(*methods.RemoveSnapshot_TaskBody).Res
-			return m.removeSnapshots(ctx, gone, res.Returnval)
+			return m.removeSnapshots(ctx, gone, res.Returnval, req.Consolidate == nil || *req.Consolidate)
 		})
 	return &methods.RemoveSnapshot_TaskBody{Res: &types.RemoveSnapshot_TaskResponse{Returnval: ref}}
 }
@@ -116,21 +116,25 @@ func (m *machine) RemoveAllSnapshotsTask(ctx *simulator.Context, req *types.Remo
 				gone = treeRefs(m.Snapshot.RootSnapshotList)
 			}
 			res := m.VirtualMachine.RemoveAllSnapshotsTask(ctx, req).(*methods.RemoveAllSnapshots_TaskBody).Res
-			return m.removeSnapshots(ctx, gone, res.Returnval)
+			return m.removeSnapshots(ctx, gone, res.Returnval, req.Consolidate == nil || *req.Consolidate)
 		})
 	return &methods.RemoveAllSnapshots_TaskBody{Res: &types.RemoveAllSnapshots_TaskResponse{Returnval: ref}}
 }
 
-// removeSnapshots waits for the simulator's removal, then merges the disks, the youngest snapshot first.
+// removeSnapshots waits for the simulator's removal, then merges the disks, the youngest snapshot first. Without merge
+// the deltas stay, and the VM needs consolidation.
 func (m *machine) removeSnapshots(
-	ctx *simulator.Context, gone []types.ManagedObjectReference, task types.ManagedObjectReference,
+	ctx *simulator.Context, gone []types.ManagedObjectReference, task types.ManagedObjectReference, merge bool,
 ) (types.AnyType, types.BaseMethodFault) {
 	if _, fault := inner(ctx, task); fault != nil {
 		return nil, fault
 	}
+	if merge = merge && !m.lab.faults.mergeFails(); !merge {
+		m.setConsolidationNeeded(ctx, true)
+	}
 	for i := len(gone) - 1; i >= 0; i-- {
 		for _, d := range m.disks {
-			if err := d.consolidate(gone[i].Value); err != nil {
+			if err := d.release(gone[i].Value, merge); err != nil {
 				return nil, fileFault(d, err)
 			}
 		}
@@ -243,6 +247,19 @@ func (m *machine) RevertToCurrentSnapshotTask(
 	return &methods.RevertToCurrentSnapshot_TaskBody{
 		Fault_: simulator.Fault("not played by the lab", &types.NotSupported{}),
 	}
+}
+
+// ReconfigVMTask lets the simulator reconfigure, then puts right what it makes of the disks' files.
+func (m *machine) ReconfigVMTask(ctx *simulator.Context, req *types.ReconfigVM_Task) soap.HasFault {
+	ref := m.runTask(ctx, "ReconfigVM_Task", "reconfigVm",
+		func(*simulator.Task) (types.AnyType, types.BaseMethodFault) {
+			res := m.VirtualMachine.ReconfigVMTask(ctx, req).(*methods.ReconfigVM_TaskBody).Res
+			if _, fault := inner(ctx, res.Returnval); fault != nil {
+				return nil, fault
+			}
+			return nil, m.afterChange(ctx)
+		})
+	return &methods.ReconfigVM_TaskBody{Res: &types.ReconfigVM_TaskResponse{Returnval: ref}}
 }
 
 // RefreshStorageInfo looks at the files again.

@@ -37,7 +37,7 @@ func (l *lab) handle(ctx *simulator.Context, method *simulator.Method) (mo.Refer
 	}
 	completeRequest(method)
 	if ctx.Session != nil {
-		l.putWrapper(ctx.Session.Registry, method.This)
+		l.putWrapper(ctx, method.This)
 	}
 	return nil, nil
 }
@@ -72,9 +72,14 @@ func completeRequest(method *simulator.Method) {
 	}
 }
 
-func (l *lab) putWrapper(registry *simulator.Registry, ref types.ManagedObjectReference) {
+func (l *lab) putWrapper(ctx *simulator.Context, ref types.ManagedObjectReference) {
 	l.wrapperMu.Lock()
 	defer l.wrapperMu.Unlock()
+	registry := ctx.Session.Registry
+	if ref == l.model.ServiceContent.PropertyCollector {
+		putPager(ctx, ref)
+		return
+	}
 	if registry.Get(ref) != nil {
 		return
 	}
