@@ -214,7 +214,7 @@ class NbdClient:
             if magic != _CHUNK_MAGIC:
                 _nonsense("no reply")
             flags, kind, cookie, length = self._unpack(_CHUNK)
-            if cookie != self._cookie:
+            if cookie != self._cookie or length > MAX_REQUEST_BYTES + _U64.size:
                 _nonsense("a reply to another request")
             if kind >= _CHUNK_ERROR:
                 failed = failed or _error_in(self._receive(length))

@@ -21,20 +21,21 @@ CHUNK_BYTES = 64 * 1024
 LINE_BYTES = 4096  # a line without end is cut here, so that memory stays bounded
 POLL_S = 0.2
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
+MISSING = 127  # a shell's exit status where there is no such program
 
 
 class Stopped(Exception):
     """The caller asked for the end; nothing failed."""
 
 
-def dying_with_us(argv: Sequence[str]) -> list[str]:
-    """Return `argv` such that the kernel kills the child when the thread that started it ends (util-linux `setpriv`).
+def dying_with_us(argv: Sequence[str], *, by: str = "KILL") -> list[str]:
+    """Return `argv` such that the child gets a signal, from the kernel, when the thread that started it ends.
 
-    The shell between them goes on only if we are still its parent: if we died before that was set, nobody would
+    Rests on util-linux' `setpriv`. The shell between them goes on only if we are still its parent: if we died before that was set, nobody would
     kill it.
     """
     still_ours = 'test "$PPID" = "$0" && exec "$@"'
-    return ["setpriv", "--pdeathsig", "KILL", "sh", "-c", still_ours, str(os.getpid()), *argv]
+    return ["setpriv", "--pdeathsig", by, "sh", "-c", still_ours, str(os.getpid()), *argv]
 
 
 @contextmanager
@@ -50,7 +51,7 @@ def child(argv: Sequence[str], *, stdin: int = subprocess.DEVNULL) -> Iterator[s
         )
     except FileNotFoundError as error:
         raise ToolFailed(
-            argv=tuple(argv), status=127, last_lines=(str(error),), remedy="Install util-linux (make setup does)"
+            argv=tuple(argv), status=MISSING, last_lines=(str(error),), remedy="Install util-linux (make setup does)"
         ) from error
     try:
         yield process
@@ -96,12 +97,13 @@ def run(
     progress: Callable[[float], None] | None = None,
     stop: threading.Event | None = None,
     timeout_s: float | None = None,
-    remedy: str = "",
+    package: str = "",
 ) -> str:
     """Run `argv` to its end and return its stdout (the last `LAST_LINES` lines of it).
 
     progress: called with 0..100 for each line `(12.34/100%)` that it prints, which is how qemu-img -p reports.
-    stop: when set, the program is ended and Stopped is raised. Raises ToolFailed (TimeoutError past `timeout_s`).
+    stop: when set, the program is ended and Stopped is raised. package: where the program comes from, for the remedy
+    where it is missing. Raises ToolFailed (TimeoutError past `timeout_s`).
     """
     deadline = time.monotonic() + timeout_s if timeout_s else None
     out, err = _Lines(progress), _Lines(progress)
@@ -113,6 +115,7 @@ def run(
                 raise TimeoutError(f"{argv[0]} did not end within {timeout_s} s")
     if process.returncode:
         lines = (*out.lines(), *err.lines())[-LAST_LINES:]
+        remedy = f"Install {package or argv[0]} (make setup does)" if process.returncode == MISSING else ""
         raise ToolFailed(argv=tuple(argv), status=process.returncode, last_lines=lines, remedy=remedy)
     return "\n".join(out.lines())
 
@@ -144,10 +147,10 @@ def _pump(process: subprocess.Popen[bytes], out: _Lines, err: _Lines) -> Iterato
 class _Lines:
     """The last lines of a stream of bytes; `\\r` ends a line as `\\n` does, a line without end is cut."""
 
-    _PERCENT = re.compile(rb"\(?(\d{1,3}(?:\.\d+)?)\s*(?:/100)?%\)?")
+    _PERCENT = re.compile(rb"\((\d{1,3}(?:\.\d+)?)/100%\)")
 
     def __init__(self, progress: Callable[[float], None] | None) -> None:
-        self._progress = progress
+        self._progress = progress or (lambda _: None)
         self._kept: deque[bytes] = deque(maxlen=LAST_LINES)
         self._rest = b""
 
@@ -163,7 +166,7 @@ class _Lines:
 
     def _take(self, line: bytes) -> None:
         match = self._PERCENT.fullmatch(line)
-        if match and self._progress:
+        if match:
             self._progress(float(match[1]))
         elif line:
             self._kept.append(line[-LINE_BYTES:])

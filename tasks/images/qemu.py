@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Literal
 
 from tasks import process
-from tasks.errors import FileLocked, IntegrityMismatch, ToolFailed, UnsupportedDisk
+from tasks.errors import DiskFull, FileLocked, IntegrityMismatch, ToolFailed, UnsupportedDisk
+from tasks.images.files import free_bytes, sync
 from tasks.nbd import NbdClient
 
 Format = Literal["raw", "qcow2"]
 Cache = Literal["none", "writeback"]
 
-INSTALL = "Install qemu-utils (make setup does)"
-START_S = 20.0  # for qemu-nbd to listen
-LOCK_S = 20.0  # for a process that is dying to let go of an image
+PACKAGE = "qemu-utils"
+START_S = 10.0  # for qemu-nbd to serve
+LOCK_S = 10.0  # for a process that is dying to let go of an image
 POLL_S = 0.05
 CONNECTIONS = 4
 
@@ -48,12 +49,29 @@ def convert(
 ) -> None:
     """Convert an image to a new file `target`, which is overwritten. progress: called with 0..100.
 
-    Raises ToolFailed, or Stopped once `stop` is set; the target is worthless then.
+    Durable on return. Raises DiskFull, ToolFailed, or Stopped once `stop` is set; the target is worthless then.
     """
+    _need_room(source, target)
     cache = "none" if takes_direct(target.parent) else "writeback"
     formats = ["-f", source_format, "-O", target_format, "-t", cache]
     argv = ["qemu-img", "convert", "-p", *formats, named(source), named(target)]
-    process.run(argv, progress=progress, stop=stop, remedy=INSTALL)
+    try:
+        process.run(argv, progress=progress, stop=stop, package=PACKAGE)
+    except ToolFailed as error:
+        _need_room(source, target, after=error)
+        raise
+    sync(target)
+
+
+def _need_room(source: Path, target: Path, *, after: ToolFailed | None = None) -> None:
+    """Raise DiskFull where `target` cannot hold what `source` has allocated; what it holds already is overwritten."""
+    need, have = _allocated(source), free_bytes(target.parent) + _allocated(target)
+    if have < need:
+        raise DiskFull(path=str(target), need=need, have=have) from after
+
+
+def _allocated(path: Path) -> int:
+    return path.stat().st_blocks * 512 if path.exists() else 0  # stat(2): of 512 bytes, whatever the file system's
 
 
 def check(path: Path, *, format: Format = "qcow2", stop: threading.Event | None = None) -> None:
@@ -61,7 +79,7 @@ def check(path: Path, *, format: Format = "qcow2", stop: threading.Event | None 
     if format == "raw":
         return
     try:
-        process.run(["qemu-img", "check", "-q", "-f", format, named(path)], stop=stop, remedy=INSTALL)
+        process.run(["qemu-img", "check", "-q", "-f", format, named(path)], stop=stop, package=PACKAGE)
     except ToolFailed as error:
         if error.status not in (_CORRUPT, _LEAKED):
             raise
@@ -149,7 +167,7 @@ def _serves(address: Path) -> bool:
 def _not_serving(server: subprocess.Popen[bytes]) -> ToolFailed:
     assert server.stderr
     lines = tuple(server.stderr.read().decode(errors="replace").splitlines())[-process.LAST_LINES :]
-    return ToolFailed(argv=("qemu-nbd",), status=server.returncode, last_lines=lines, remedy=INSTALL)
+    return ToolFailed(argv=("qemu-nbd",), status=server.returncode, last_lines=lines)
 
 
 def _wait_for_lock(path: Path, *, read_only: bool) -> None:

@@ -24,6 +24,7 @@ from tenacity import (
     retry_if_exception_type,
     retry_if_not_exception_type,
     stop_after_attempt,
+    stop_after_delay,
     wait_random_exponential,
 )
 
@@ -147,7 +148,7 @@ class FolderReader:
         sector = Extent(start=0, length=min(SECTOR_BYTES, self.size))
         patience = Retrying(
             retry=retry_if_exception_type(TransientFault) & retry_if_not_exception_type(_ServerError),
-            stop=stop_after_attempt(PROBE_ATTEMPTS),
+            stop=stop_after_attempt(PROBE_ATTEMPTS) | stop_after_delay(self._timeout_s),
             wait=wait_random_exponential(PROBE_WAIT_S, 5.0),
             reraise=True,
         )
@@ -182,7 +183,7 @@ class FolderReader:
 
     @contextmanager
     def _send(self, extent: Extent, cookie: str) -> Iterator[httpx.Response]:
-        headers = {"Range": f"bytes={extent.start}-{extent.end - 1}", "Cookie": cookie.partition(";")[0]}
+        headers = {"Range": f"bytes={extent.start}-{extent.end - 1}", "Cookie": cookie.partition(";")[0].strip()}
         extensions = {"trace": self._sockets.trace}
         with self._client.stream("GET", self._url, headers=headers, extensions=extensions) as response:
             yield response

@@ -47,11 +47,11 @@ def test_a_line_without_end_takes_no_memory_and_stalls_nothing() -> None:
 def test_much_on_stderr_stalls_nothing_and_its_last_lines_are_kept() -> None:
     code = "import sys\nfor n in range(300_000): print('noise', n, file=sys.stderr)\nsys.exit(3)"
     with pytest.raises(ToolFailed) as raised:
-        run(python(code), remedy="Do better")
+        run(python(code), package="better")
     assert raised.value.status == 3
     assert len(raised.value.last_lines) == LAST_LINES
     assert raised.value.last_lines[-1] == "noise 299999"
-    assert str(raised.value).splitlines()[0].endswith("failed with exit status 3: noise 299999. Do better")
+    assert str(raised.value).splitlines()[0].endswith("failed with exit status 3: noise 299999")
 
 
 def test_the_last_words_without_a_newline_are_kept() -> None:
@@ -65,8 +65,8 @@ def test_a_signal_is_named() -> None:
 
 
 def test_a_program_that_is_not_there_is_named() -> None:
-    with pytest.raises(ToolFailed, match=r"no-such-tool failed with exit status 127: .*not found. Install it"):
-        run(["no-such-tool"], remedy="Install it")
+    with pytest.raises(ToolFailed, match=r"no-such-tool failed with exit status 127: .*not found. Install it-utils"):
+        run(["no-such-tool"], package="it-utils")
 
 
 def test_stop_ends_the_whole_group(tmp_path: Path) -> None:

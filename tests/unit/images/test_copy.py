@@ -1,4 +1,5 @@
 import errno
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -101,6 +102,28 @@ def test_a_fault_in_shuffled_chunks_resumes_with_the_holes(tmp_path: Path) -> No
     reader, writer = FakeReader(CONTENT, faults=faults, shuffled=True), FakeWriter(len(CONTENT))
     run(tmp_path, reader, writer, limits=QUICK.model_copy(update={"attempts": 20}))
     assert writer.content == CONTENT
+
+
+@given(
+    faults=st.lists(st.integers(0, len(CONTENT) - 1), max_size=8),
+    chunk=st.sampled_from([30_000, 65536, LEAF_BYTES]),
+    preferred=st.integers(1, 13),
+    shuffled=st.booleans(),
+)
+def test_whatever_fails_the_image_is_right_and_no_leaf_is_written_twice(
+    tmp_path_factory: pytest.TempPathFactory, faults: list[int], chunk: int, preferred: int, shuffled: bool
+) -> None:
+    reader = FakeReader(
+        CONTENT,
+        chunk=chunk,
+        preferred=preferred * LEAF_BYTES,
+        shuffled=shuffled,
+        faults=[(offset, TransientFault("reset")) for offset in faults],
+    )
+    writer = FakeWriter(len(CONTENT))
+    run(tmp_path_factory.mktemp("copy"), reader, writer, limits=QUICK.model_copy(update={"attempts": 9}))
+    assert writer.content == CONTENT
+    assert len(writer.written) == len(set(writer.written))
 
 
 def test_the_budget_starts_anew_with_each_progress(tmp_path: Path) -> None:
@@ -226,6 +249,22 @@ def _telling(event: threading.Event, stream: Callable[[Extent], object]) -> Call
         return stream(extent)
 
     return told
+
+
+def test_ctrl_c_ends_every_thread_first(tmp_path: Path) -> None:
+    reader = FakeReader(CONTENT, stalls_at=LEAF_BYTES)
+    main = threading.get_ident()
+
+    def interrupt() -> None:
+        reader.stalling.wait(10)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    keys = threading.Thread(target=interrupt)
+    keys.start()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, reader, FakeWriter(len(CONTENT)))
+    keys.join()
+    assert reader.closed
 
 
 def test_a_stop_that_comes_first_reads_nothing(tmp_path: Path) -> None:

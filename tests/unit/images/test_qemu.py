@@ -6,11 +6,12 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tasks.errors import IntegrityMismatch, ToolFailed, UnsupportedDisk
+from tasks.errors import DiskFull, IntegrityMismatch, ToolFailed, UnsupportedDisk
 from tasks.images import qemu
 from tasks.nbd import NbdClient
 from tasks.process import Stopped
@@ -58,6 +59,28 @@ def test_a_source_that_is_not_there_fails_with_what_the_tool_said(tmp_path: Path
     with pytest.raises(ToolFailed, match="No such file") as raised:
         qemu.convert(tmp_path / "none", tmp_path / "x", source_format="raw", target_format="qcow2")
     assert raised.value.tool == "qemu-img"
+
+
+def test_a_full_disk_is_named(tmp_path: Path, small_disk: Path) -> None:
+    (tmp_path / "x.raw").write_bytes(leaves("abcdefghijklmnopqrstuvwxyz"))
+    with pytest.raises(DiskFull) as raised:
+        qemu.convert(tmp_path / "x.raw", small_disk / "x.part", source_format="raw", target_format="qcow2")
+    assert raised.value.need == 26 * 256 * 1024
+    assert raised.value.have < 4 * MIB
+    assert not (small_disk / "x.part").exists()
+
+
+def test_a_disk_that_fills_up_meanwhile_is_named(tmp_path: Path, small_disk: Path) -> None:
+    (tmp_path / "x.raw").write_bytes(leaves("abcdefgh"))
+
+    def fill(_: float) -> None:
+        with suppress(OSError), (small_disk / "other").open("ab", buffering=0) as other:
+            while True:
+                other.write(bytes(4096))
+
+    with pytest.raises(DiskFull) as raised:
+        qemu.convert(tmp_path / "x.raw", small_disk / "x", source_format="raw", target_format="qcow2", progress=fill)
+    assert isinstance(raised.value.__cause__, ToolFailed)
 
 
 def test_damaged_metadata_is_an_integrity_mismatch(tmp_path: Path) -> None:
