@@ -31,8 +31,8 @@ class Stopped(Exception):
 def dying_with_us(argv: Sequence[str], *, by: str = "KILL") -> list[str]:
     """Return `argv` such that the child gets a signal, from the kernel, when the thread that started it ends.
 
-    Rests on util-linux' `setpriv`. The shell between them goes on only if we are still its parent: if we died before that was set, nobody would
-    kill it.
+    Rests on util-linux' `setpriv`. The shell between them goes on only if we are still its parent: if we died before
+    that was set, nobody would kill it.
     """
     still_ours = 'test "$PPID" = "$0" && exec "$@"'
     return ["setpriv", "--pdeathsig", by, "sh", "-c", still_ours, str(os.getpid()), *argv]
