@@ -15,12 +15,12 @@ from tasks.disks import copyable_disks
 from tasks.images.files import need_space, safe_name
 from tasks.images.job import job_id, job_lock
 from tasks.images.output import refuse_existing
-from tasks.models import ExportJob, Manifest, Snapshot, VCenterInfo, VirtualMachine
+from tasks.models import Arrival, ExportJob, Manifest, Snapshot, VCenterInfo, VirtualMachine
 from tasks.report import commit, manifest_of
 from tasks.resolve import resolve
 from tasks.snapshot import check_snapshot, point_in_time
 from tasks.steps import side_by_side
-from tasks.transfer import Transfer, transfer
+from tasks.transfer import transfer
 
 
 @flow(name="export", flow_run_name="export {options.vm_name}")
@@ -30,6 +30,10 @@ async def export_vm(vcenter: VCenter, options: ExportJob) -> Manifest:
     A snapshot freezes the VM, each disk is read by the road chosen, the snapshot is removed whatever happens,
     the images are read back and compared, and only then get their names: `<output folder>/<VM>/disk-<n>.qcow2`,
     with `manifest.json` beside them. The source VM is left as it was.
+
+    Args:
+        vcenter: Where the VM is now: a saved vCenter, or a new one through Add.
+        options: Which VM to export, where to, and how.
     """
     async with connected(vcenter) as server:
         vm = await resolve(vcenter, options.vm_name)
@@ -60,7 +64,7 @@ async def _transfer_all(
     snapshot: Snapshot,
     folder: Path,
     options: ExportJob,
-) -> list[Transfer]:
+) -> list[Arrival]:
     disks = await copyable_disks(vcenter, server, snapshot)
     need_space(folder, sum(disk.capacity_bytes for disk in disks))
     arrived = await side_by_side(

@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
+import os
 import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
+import httpx
+import prefect
 from prefect.server.api.server import SubprocessASGIServer
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+
+from tasks.errors import PrefectUnreachable
+from tasks.process import dying_with_us
 
 START_TIMEOUT_S = 90  # Prefect's own default of 20 s is too short for a first run, which migrates the database
+ANSWER_TIMEOUT_S = 10.0
 
 T = TypeVar("T")
 
@@ -29,34 +36,39 @@ async def run_flow(flow: Callable[..., Awaitable[T]], *, say: Callable[[str], No
 @contextlib.contextmanager
 def prefect_api(say: Callable[[str], None]) -> Iterator[None]:
     """Have a Prefect API for the block; the temporary one ends with this process, however that ends."""
-    if PREFECT_API_URL.value():
+    if url := PREFECT_API_URL.value():
+        _check_answers(url)
         yield
         return
     say(f"Starting a temporary Prefect server (up to {START_TIMEOUT_S} s; set PREFECT_API_URL to use a running one)")
     logging.getLogger("prefect.server.api.server").setLevel(logging.WARNING)
-    server = _GuardedServer()
-    with _sigint_blocked():
-        server.start(timeout=START_TIMEOUT_S)
+    server = _OwnServer()
+    server.start(timeout=START_TIMEOUT_S)
     with temporary_settings({PREFECT_API_URL: server.api_url}):
         yield
 
 
-class _GuardedServer(SubprocessASGIServer):
-    """Prefect's server as a child process that is ended, by a guard, when ours dies by whatever cause."""
+def _check_answers(url: str) -> None:
+    try:
+        httpx.get(f"{url.rstrip('/')}/health", timeout=ANSWER_TIMEOUT_S).raise_for_status()
+    except httpx.HTTPError as error:
+        raise PrefectUnreachable(url=url, why=str(error) or type(error).__name__) from error
+
+
+class _OwnServer(SubprocessASGIServer):
+    """Prefect's temporary server, out of reach of the signals meant for us, and ended by the kernel when we die.
+
+    Ctrl-C and a service manager's SIGTERM go to a whole process group: a server in ours would be gone before the
+    run can record its end.
+    """
 
     def _run_uvicorn_command(self) -> subprocess.Popen[Any]:
-        server = super()._run_uvicorn_command()
-        # The guard waits for the end of a pipe whose other end only we hold: it comes even after SIGKILL.
-        guard = ["sh", "-c", 'read _; kill "$0" 2>/dev/null', str(server.pid)]
-        self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True)
-        return server
-
-
-@contextlib.contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """Start children that Ctrl-C does not reach: else the server is gone before the run can record its end."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        app = ["--app-dir", str(prefect.__module_path__.parent), "--factory", "prefect.server.api.server:create_app"]
+        where = ["--host", "127.0.0.1", "--port", str(self.port), "--log-level", "error", "--lifespan", "on"]
+        ephemeral = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+        settings = get_current_settings().to_environment_variables(exclude_unset=True)
+        return subprocess.Popen(
+            dying_with_us([sys.executable, "-m", "uvicorn", *app, *where], by="TERM"),
+            env={**os.environ, **settings, **ephemeral},
+            start_new_session=True,
+        )

@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -184,28 +185,44 @@ def _export(options: ExportOptions, settings: Settings, *, json: bool) -> int:
             METER_LISTENER.set(board.listen)
             return await run_flow(export_vm, say=board.say, vcenter=settings.vcenter(), options=job)
 
-        manifest = asyncio.run(_interruptible(run(), say=board.say))
+        manifest = _run(run(), say=board.say)
     if json:
         print(manifest.model_dump_json(indent=2))
     else:
-        console = Console(soft_wrap=True, highlight=False, markup=False)
+        console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
         for line in summary(manifest, str(job.output_dir), time.monotonic() - started):
             console.print(line)
     return 0
 
 
-async def _interruptible(work: Awaitable[T], *, say: Callable[[str], None]) -> T:
-    """Await `work`; the first SIGINT or SIGTERM cancels it, and it is let clean up, however often they come."""
-    task, loop = asyncio.ensure_future(work), asyncio.get_running_loop()
+def _run(work: Coroutine[Any, Any, T], *, say: Callable[[str], None]) -> T:
+    """Run a coroutine; the first SIGINT or SIGTERM cancels it, and it is let clean up, however often they come.
 
-    def stop() -> None:
-        say("Stopping: the transfer ends, then the snapshot is removed")
-        if not task.cancelling():
-            task.cancel()
+    It runs in a thread of its own: in the main one Prefect puts a handler of its own in place of ours.
+    """
+    ready: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = Future()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
-    return await task
+    async def body() -> T:
+        task = asyncio.ensure_future(work)
+        ready.set_result((asyncio.get_running_loop(), task))
+        return await task
+
+    def stop(*_: object) -> None:
+        loop, task = ready.result()
+        if not (task.done() or task.cancelling()):
+            say("Stopping: the transfer ends, then the snapshot is removed")
+            loop.call_soon_threadsafe(task.cancel)
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="flow") as pool:
+        running = pool.submit(asyncio.run, body())
+        ready.result()
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, stop)
+            return running.result()
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # what is left is to tell what happened
 
 
 def _at_the_edge(act: Callable[[], int], *, json: bool, debug: bool) -> int:

@@ -116,4 +116,4 @@ def show_error(error: Hyper2KvmError, *, say: Callable[[str], None]) -> None:
 
 def stderr() -> Console:
     """Return the console of everything that is not the result itself."""
-    return Console(file=sys.stderr)
+    return Console(file=sys.stderr, emoji=False)

@@ -14,12 +14,11 @@ from tasks.images import qemu
 from tasks.images.digests import Digests
 from tasks.images.files import part_of
 from tasks.images.verify import verify
-from tasks.models import DiskFormat, DiskImage, ExportJob, ReadBack, VirtualMachine
+from tasks.models import Arrival, DiskFormat, DiskImage, ExportJob, ReadBack, VirtualMachine
 from tasks.steps import Meter, in_thread, metered
-from tasks.transfer import Transfer
 
 
-async def land(vm: VirtualMachine, arrived: Transfer, folder: Path, options: ExportJob) -> DiskImage:
+async def land(vm: VirtualMachine, arrived: Arrival, folder: Path, options: ExportJob) -> DiskImage:
     """Turn an arrived disk into an image of the format asked for, verified, still under its `.part` name.
 
     Raises IntegrityMismatch, ToolFailed, DiskFull.
@@ -32,7 +31,7 @@ async def land(vm: VirtualMachine, arrived: Transfer, folder: Path, options: Exp
 
 
 @task(name="convert", task_run_name="convert {vm.name} disk {arrived.disk.index}", cache_policy=NO_CACHE)
-async def convert(vm: VirtualMachine, arrived: Transfer, folder: Path) -> Path:
+async def convert(vm: VirtualMachine, arrived: Arrival, folder: Path) -> Path:
     """Make `disk-<n>.qcow2.part` of the raw part, sparse where that is; return its path."""
     stop, disk = threading.Event(), arrived.disk
     part = part_of(folder / f"disk-{disk.index}.qcow2")
@@ -48,7 +47,7 @@ def _convert(source: Path, part: Path, meter: Meter, stop: threading.Event) -> N
 
 
 @task(name="verify", task_run_name="verify {vm.name} disk {arrived.disk.index}", cache_policy=NO_CACHE)
-async def read_back(vm: VirtualMachine, arrived: Transfer, part: Path, image_format: DiskFormat) -> ReadBack:
+async def read_back(vm: VirtualMachine, arrived: Arrival, part: Path, image_format: DiskFormat) -> ReadBack:
     """Read an image back through its own format and compare it leaf by leaf with what passed through memory."""
     stop, disk = threading.Event(), arrived.disk
     label = f"verify {vm.name} disk {disk.index}"
@@ -59,13 +58,13 @@ async def read_back(vm: VirtualMachine, arrived: Transfer, part: Path, image_for
 
 
 def _verify(
-    part: Path, image_format: DiskFormat, arrived: Transfer, meter: Meter, stop: threading.Event
+    part: Path, image_format: DiskFormat, arrived: Arrival, meter: Meter, stop: threading.Event
 ) -> Literal["direct", "cached"]:
     with Digests.open(arrived.digests_part) as digests:
         return verify(part, format=image_format.value, digests=digests, progress=meter.add, stop=stop)
 
 
-def _image(arrived: Transfer, image_format: DiskFormat, verified: ReadBack) -> DiskImage:
+def _image(arrived: Arrival, image_format: DiskFormat, verified: ReadBack) -> DiskImage:
     disk = arrived.disk
     return DiskImage(
         index=disk.index,

@@ -7,7 +7,8 @@
     │   ├── AuthenticationFailed
     │   ├── SessionExpired
     │   ├── CertificateUntrusted
-    │   └── ThumbprintMismatch
+    │   ├── ThumbprintMismatch
+    │   └── PrefectUnreachable
     ├── VsphereFault                 a fault of vSphere that has no class of its own
     │   ├── PermissionMissing
     │   ├── LicenceForbids
@@ -114,6 +115,12 @@ class ThumbprintMismatch(ConnectionFailed):
     """The certificate of {host} is not the pinned one: expected {expected}, actual {actual}"""
 
     remedy = "If the certificate was replaced on purpose, pin the actual one; if not, somebody is in between"
+
+
+class PrefectUnreachable(ConnectionFailed):
+    """No Prefect server answers at {url}: {why}"""
+
+    remedy = "Start it, or unset PREFECT_API_URL to have a temporary one"
 
 
 class VsphereFault(Hyper2KvmError):

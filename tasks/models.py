@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from tasks.errors import InvalidInput, NotBuilt
 
@@ -194,6 +194,18 @@ class Extent(Value):
 # ── what came of it ──────────────────────────────────────────────────────────────────────────────────
 
 
+class Arrival(Value):
+    """One disk as it arrived: a raw part and its digests, not yet verified, not yet under a final name."""
+
+    disk: VirtualDisk
+    raw_part: Path
+    digests_part: Path
+    digest: str
+    bytes_transferred: int
+    road: str
+    seconds: float
+
+
 ReadBack = Literal["direct", "cached", "skipped"]
 
 
@@ -249,26 +261,33 @@ class ExportTransport(StrEnum):
     folder = "folder"
 
 
+OptionalText = Annotated[str, BeforeValidator(lambda value: value or "")]
+"""Text that may be left out. None is read as "": a field `str | None` becomes two tabs, "str" and "None", in a form."""
+
+
 class JobOptions(BaseModel):
-    """What every mode that touches a VM needs to know."""
+    """Which VM, and where to."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     vm_name: str = Field(
         title="VM",
-        description="Name, inventory path, moref or UUID of the VM. A name that several VMs have is refused.",
+        description="Name (production-web), inventory path (/DC0/vm/production/web), moref (vm-1042) or UUID. "
+        "A name that several VMs have is refused.",
         examples=["/DC0/vm/production/web", "vm-1042", "production-web"],
         min_length=1,
     )
     output_dir: Path = Field(
         title="Output folder",
-        description="Folder on the worker's machine; a folder named after the VM is made in it.",
+        description="Folder on the worker's machine, such as /data/exports; one named after the VM is made in it.",
         examples=["/data/exports"],
     )
 
 
 class ExportJob(JobOptions):
-    """What the `export` flow needs to know: the form that the Prefect UI shows."""
+    """Which VM to export, where to, and how."""
+
+    # The form that the Prefect UI shows is made of this; it shows neither examples nor comments.
 
     format: DiskFormat = Field(
         default=DiskFormat.qcow2,
@@ -294,12 +313,13 @@ class ExportJob(JobOptions):
         description="If quiescing fails, take a crash-consistent snapshot instead, and say so in the report.",
         examples=[False],
     )
-    snapshot_moref: str | None = Field(
-        default=None,
+    snapshot_moref: OptionalText = Field(
+        default="",
         title="Existing snapshot",
-        description="Moref of a snapshot to copy from. It is left alone; none is made.",
+        description="Moref of a snapshot to copy from (snapshot-57), which is left alone. "
+        "Empty: one is made, and removed.",
         examples=["snapshot-57"],
-        pattern=r"^\S+$",
+        pattern=r"^\S*$",
     )
     parallel_disks: int = Field(
         default=2,

@@ -73,15 +73,18 @@ def markdown(manifest: Manifest, folder: Path) -> str:
         "| --- | --- |",
         f"| Inventory path | {_cell(vm.inventory_path)} ({vm.moref}) |",
         f"| Host-system path | {_cell(vm.host_path)} |",
-        f"| libvirt URI | `{_cell(vm.vpx_uri)}` |",
+        f"| libvirt URI | {_cell(vm.vpx_uri)} |",
         f"| Hardware | {vm.cpus} vCPU, {vm.memory_mib} MiB, {vm.firmware} |",
         f"| Power state at export | {vm.power_state} |",
         f"| Snapshot | {_cell(snapshot.name)}, {snapshot.created} |" if snapshot else "| Snapshot | none |",
-        f"| Output | `{_cell(str(folder))}` |",
+        f"| Output | {_cell(str(folder))} |",
         f"| Consistent | {'all disks of one point in time' if manifest.consistent else 'no'} |",
+        *(f"| Source of disk {image.index} | {_cell(image.source)} |" for image in manifest.disks),
+        *(f"| Digest of disk {image.index} | {_cell(image.digest)} |" for image in manifest.disks),
         "",
-        "| Disk | Source | Image | Size | Transferred | MiB/s | Road | Read back | Digest |",
-        "| ---: | --- | --- | ---: | ---: | ---: | --- | --- | --- |",
+        # No wider: Prefect's older UI cuts off what does not fit.
+        "| Disk | Image | Size | Transferred | MiB/s | Road | Read back |",
+        "| ---: | --- | ---: | ---: | ---: | --- | --- |",
         *(_row(image) for image in manifest.disks),
         "",
         f"Manifest: `{MANIFEST}`, {manifest.created}",
@@ -92,12 +95,11 @@ def markdown(manifest: Manifest, folder: Path) -> str:
 def _row(image: DiskImage) -> str:
     rate = image.bytes_transferred / MIB / image.seconds if image.seconds else 0.0
     return (
-        f"| {image.index} | {_cell(image.source)} | `{image.path}` | {image.virtual_size / MIB:,.0f} MiB "
-        f"| {image.bytes_transferred / MIB:,.0f} MiB | {rate:,.0f} | {image.road} | {image.verified} "
-        f"| `{image.digest[:19]}…` |"
+        f"| {image.index} | {_cell(image.path)} | {image.virtual_size / MIB:,.0f} MiB "
+        f"| {image.bytes_transferred / MIB:,.0f} MiB | {rate:,.0f} | {image.road} | {image.verified} |"
     )
 
 
 def _cell(text: str) -> str:
-    """Return a name from vSphere as plain text inside a table cell."""
-    return "".join(f"&#{ord(sign)};" if sign in "|<>`*_[]\\&" else sign for sign in " ".join(text.split()))
+    """Return a name from vSphere as plain text in a table cell. Backslashes, since one of the UIs shows entities."""
+    return "".join(f"\\{sign}" if sign in "\\`*_[]<>|~&" else sign for sign in " ".join(text.split()))

@@ -40,8 +40,8 @@ async def point_in_time(
             vcenter, vm, name, quiesce=options.quiesce, or_crash_consistent=options.allow_crash_consistent
         )
     except BaseException:
-        try:
-            await to_the_end(drop_snapshot(vcenter, vm, name))
+        try:  # not as a task run: what ended the block may be the loss of Prefect's own server
+            await to_the_end(on_vcenter(vcenter, snapshots.drop_snapshot, vm, name=name))
         except Hyper2KvmError as error:
             get_run_logger().error("snapshot left behind vm=%s snapshot=%s error=%s", vm.moref, name, error)
         raise

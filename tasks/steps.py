@@ -27,6 +27,7 @@ from tasks.models import Connection, Trust
 from tasks.vsphere.session import Session, borrow
 
 ARTIFACT_EVERY_S = 3.0
+LAST_WORD_S = 5.0  # a server that does not answer holds nobody up longer
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -155,7 +156,8 @@ async def metered(label: str, total_bytes: int, *, key: str) -> AsyncIterator[Me
     finally:
         meter.ended = True
         ended.set()
-        await _settled(refreshing)
+        await _settled(asyncio.ensure_future(asyncio.wait([refreshing], timeout=LAST_WORD_S)))
+        refreshing.cancel()
 
 
 async def _refresh(meter: Meter, key: str, ended: asyncio.Event) -> None:

@@ -16,26 +16,14 @@ from tasks.images.extents import whole_disk
 from tasks.images.digests import Digests
 from tasks.images.files import part_of
 from tasks.images.raw import RawWriter
-from tasks.models import Connection, Value, VirtualDisk, VirtualMachine
+from tasks.models import Arrival, Connection, VirtualDisk, VirtualMachine
 from tasks.steps import Meter, connection_of, in_thread, metered
 from tasks.transports.folder import FolderDisk, FolderReader
 from tasks.vsphere.session import borrow
 
 
-class Transfer(Value):
-    """One disk as it arrived: a raw part and its digests, not yet under a final name."""
-
-    disk: VirtualDisk
-    raw_part: Path
-    digests_part: Path
-    digest: str
-    bytes_transferred: int
-    road: str
-    seconds: float
-
-
 @task(name="transfer", task_run_name="transfer {vm.name} disk {disk.index}", cache_policy=NO_CACHE)
-async def transfer(vcenter: VCenter, vm: VirtualMachine, disk: VirtualDisk, folder: Path) -> Transfer:
+async def transfer(vcenter: VCenter, vm: VirtualMachine, disk: VirtualDisk, folder: Path) -> Arrival:
     """Copy one disk of a snapshot to `disk-<n>.raw.part`, with the digests of what passed through memory.
 
     Cancelled, it returns only when no thread of it reads or writes any more.
@@ -50,7 +38,7 @@ async def transfer(vcenter: VCenter, vm: VirtualMachine, disk: VirtualDisk, fold
     get_run_logger().info(
         "transferred vm=%s disk=%d bytes=%d seconds=%.1f", vm.moref, disk.index, result.bytes_transferred, seconds
     )
-    return Transfer(
+    return Arrival(
         disk=disk,
         raw_part=raw,
         digests_part=digests,

@@ -51,3 +51,15 @@ def prefect_api() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=90):
         yield
+
+
+@pytest.fixture
+def govc(lab: Lab) -> Callable[..., str]:
+    """Run govc against the session's lab: an outside judge, and the hand of somebody else."""
+    return lab.govc
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Coroutine tests, marked `anyio`, run on asyncio."""
+    return "asyncio"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 import subprocess
 import tempfile
@@ -17,6 +18,7 @@ import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
 BINARY = ROOT / "build" / "lab"
+GOVC = ROOT / "build" / "govc"
 START_TIMEOUT_S = 60.0
 
 
@@ -59,6 +61,19 @@ class Lab:
     def environment(self) -> dict[str, str]:
         """Return what the command line takes from the environment to log in here."""
         return {"VCENTER_PASSWORD": self.password, "VCENTER_CA_FILE": str(self.ca_file)}
+
+    def govc(self, *words: str) -> str:
+        """Run govc, a client that nobody here wrote, and return what it prints."""
+        env = os.environ | {
+            "GOVC_URL": self.url,
+            "GOVC_USERNAME": self.username,
+            "GOVC_PASSWORD": self.password,
+            "GOVC_TLS_CA_CERTS": str(self.ca_file),
+            "GOVC_PERSIST_SESSION": "false",
+        }
+        done = subprocess.run([str(GOVC), *words], env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def stop(self) -> None:
         self.process.terminate()

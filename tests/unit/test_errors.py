@@ -16,6 +16,7 @@ EXAMPLES = {
     errors.SessionExpired: {"host": "vc:443"},
     errors.CertificateUntrusted: {"host": "vc:443", "why": "self-signed", "actual": "AA:BB"},
     errors.ThumbprintMismatch: {"host": "vc:443", "expected": "AA", "actual": "BB"},
+    errors.PrefectUnreachable: {"url": "http://127.0.0.1:4200/api", "why": "refused"},
     errors.VsphereFault: {"action": "a look", "fault": "FileFault", "remedy": "Look"},
     errors.PermissionMissing: {"privilege": "VirtualMachine.State.CreateSnapshot", "object": "VirtualMachine vm-1"},
     errors.LicenceForbids: {"host": "esx", "action": "a snapshot"},

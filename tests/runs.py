@@ -1,0 +1,98 @@
+"""Running exports in tests, as a flow in this process or as the command line, and judging what they leave."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from blocks import VCenter
+from flows.export import export_vm
+from tasks.models import ExportJob, Manifest
+from tests.labs import ROOT, Lab
+
+
+def vcenter_of(lab: Lab, **changes: Any) -> VCenter:
+    """Return the lab as an unsaved block."""
+    fields = {
+        "host": lab.host,
+        "port": lab.port,
+        "username": lab.username,
+        "password": SecretStr(lab.password),
+        "ca_bundle": lab.ca_pem,
+    }
+    return VCenter(**(fields | changes))
+
+
+async def export(lab: Lab, output_dir: Path, vm_name: str, *, vcenter: dict[str, Any] | None = None, **options: Any):
+    """Run the export flow in this process; return its manifest, raise what it raises."""
+    job = ExportJob(vm_name=vm_name, output_dir=output_dir, **options)
+    manifest: Manifest = await export_vm(vcenter=vcenter_of(lab, **(vcenter or {})), options=job)
+    return manifest
+
+
+def command(lab: Lab, action: str, *words: str) -> list[str]:
+    """Return the command line of an action on the lab; password and CA come from the environment."""
+    where = ["--vcenter", lab.address, "--username", lab.username, "--vs-action", action]
+    return [sys.executable, "-m", "hyper2kvm", "vsphere", *where, *words]
+
+
+def run_command(lab: Lab, action: str, *words: str, env: dict[str, str] | None = None, timeout_s: float = 120):
+    """Run the command line to its end; return the finished process with its output as text."""
+    environment = os.environ | lab.environment() | (env or {})
+    return subprocess.run(
+        command(lab, action, *words), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+def raw_sha256(image: Path, scratch: Path) -> str:
+    """Return the SHA-256 of an image's guest-visible content, as qemu-img reads it."""
+    raw = scratch / f"{image.name}.compare"
+    subprocess.run(["qemu-img", "convert", "-O", "raw", str(image), str(raw)], check=True)
+    with raw.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    raw.unlink()
+    return digest
+
+
+def assert_equal_to_the_guests_disks(lab: Lab, manifest: Manifest, folder: Path, scratch: Path) -> None:
+    """Compare every image with what the guest saw at the snapshot, and ask qemu-img whether it is sound."""
+    assert manifest.snapshot
+    for image in manifest.disks:
+        path = folder / image.path
+        subprocess.run(["qemu-img", "check", "-q", "-f", image.format, str(path)], check=image.format == "qcow2")
+        assert raw_sha256(path, scratch) == lab.sha256(manifest.vm.moref, image.index, manifest.snapshot.moref)
+
+
+def assert_nothing_left(lab: Lab, children_before: set[int] | None = None) -> None:
+    """No snapshot and no session on the lab, no child process and no thread of a transfer here."""
+    stats = lab.stats()
+    assert (stats["open_snapshots"], stats["live_sessions"]) == (0, 0), stats
+    busy = [thread.name for thread in threading.enumerate() if thread.name.startswith(("_copy", "_verify", "vcenter"))]
+    assert not [name for name in busy if name.startswith(("_copy", "_verify"))], busy
+    if children_before is not None:
+        assert children() <= children_before
+
+
+def children() -> set[int]:
+    """Return the process ids of this process's children."""
+    tasks = Path(f"/proc/{os.getpid()}/task")
+    return {int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()}
+
+
+@contextmanager
+def faults(lab: Lab, **body: Any) -> Iterator[None]:
+    """Have the lab misbehave for the block."""
+    lab.post("/faults", **body)
+    try:
+        yield
+    finally:
+        lab.post("/faults", clear=True)
