@@ -22,7 +22,11 @@ type testDisk struct {
 func newTestDisk(t *testing.T, size int64, keepFrozen bool) *testDisk {
 	t.Helper()
 	dir := t.TempDir()
-	l := &lab{scenario: &scenario{KeepFrozen: keepFrozen}, state: dir, scratch: t.TempDir()}
+	state, err := openState(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := &lab{scenario: &scenario{KeepFrozen: keepFrozen}, state: state, scratch: t.TempDir()}
 	data := byteSize(size / 3)
 	d := &disk{
 		lab: l, ds: &datastore{name: "ds", dir: dir}, base: "x", capacity: size, key: 2000, uuid: diskUUID(),
@@ -134,7 +138,7 @@ func TestQemuReadsChainsAndFrozenCopies(t *testing.T) {
 	if got := qemuReads(t, d.path(d.top().descriptor)); got != digest(d.model) {
 		t.Error("the live chain is read differently")
 	}
-	if got := qemuReads(t, filepath.Join(d.lab.state, frozenDir, "plain", "x.vmdk")); got != before {
+	if got := qemuReads(t, filepath.Join(d.lab.state.path, frozenDir, "plain", "x.vmdk")); got != before {
 		t.Error("the frozen copy is read differently")
 	}
 }

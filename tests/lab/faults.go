@@ -10,6 +10,8 @@
 //	                 "in_task": true, "message": "…", "detail": {…}}}
 //	                                       the call fails, or with in_task (the methods in taskMethods) its task;
 //	                                       detail: fields of the fault, named as in the vSphere API
+//	{"delay_method": {"method": "RemoveSnapshot_Task", "seconds": 3, "count": 1}}
+//	                                       the next such calls are answered that much later
 //	{"merge_fails": 1}                     the next snapshot removal leaves its deltas: consolidationNeeded
 //	{"refuse_privilege": "Datastore.Browse"}   calls that need it answer NoPermission, /folder 403; see privileges
 //	{"clear": true}                        ends all of these first
@@ -21,23 +23,31 @@ import (
 	"reflect"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/vmware/govmomi/simulator"
 	"github.com/vmware/govmomi/vim25/types"
 )
 
 type faultRequest struct {
-	Clear           bool        `json:"clear"`
-	ExpireSessions  bool        `json:"expire_sessions"`
-	ExpireForever   bool        `json:"expire_forever"`
-	Folder503       *int        `json:"folder_503"`
-	CutAfter        *int64      `json:"cut_after"`
-	StallS          *float64    `json:"stall_s"`
-	Count           *int        `json:"count"`
-	MergeFails      *int        `json:"merge_fails"`
-	Throttle        *int64      `json:"throttle_bytes_per_s"`
-	FailMethod      *failMethod `json:"fail_method"`
-	RefusePrivilege string      `json:"refuse_privilege"`
+	Clear           bool         `json:"clear"`
+	ExpireSessions  bool         `json:"expire_sessions"`
+	ExpireForever   bool         `json:"expire_forever"`
+	Folder503       *int         `json:"folder_503"`
+	CutAfter        *int64       `json:"cut_after"`
+	StallS          *float64     `json:"stall_s"`
+	Count           *int         `json:"count"`
+	MergeFails      *int         `json:"merge_fails"`
+	Throttle        *int64       `json:"throttle_bytes_per_s"`
+	FailMethod      *failMethod  `json:"fail_method"`
+	DelayMethod     *delayMethod `json:"delay_method"`
+	RefusePrivilege string       `json:"refuse_privilege"`
+}
+
+type delayMethod struct {
+	Method  string  `json:"method"`
+	Seconds float64 `json:"seconds"`
+	Count   *int    `json:"count"`
 }
 
 type failMethod struct {
@@ -100,6 +110,12 @@ type taskFault struct {
 	fault  types.BaseMethodFault
 }
 
+type delay struct {
+	countdown
+	method string
+	length time.Duration
+}
+
 type faults struct {
 	mu         sync.Mutex
 	lab        *lab
@@ -111,6 +127,7 @@ type faults struct {
 	stallS     float64
 	throttle   int64
 	merge      countdown
+	delays     []*delay
 	refused    map[string]bool
 	taskFaults []*taskFault
 }
@@ -143,6 +160,10 @@ func (f *faults) set(r faultRequest) error {
 	if r.Throttle != nil {
 		f.throttle = *r.Throttle
 	}
+	if d := r.DelayMethod; d != nil {
+		length := time.Duration(d.Seconds * float64(time.Second))
+		f.delays = append(f.delays, &delay{newCountdown(d.Count), d.Method, length})
+	}
 	if r.RefusePrivilege != "" {
 		f.refused[r.RefusePrivilege] = true
 	}
@@ -159,7 +180,7 @@ func (f *faults) set(r faultRequest) error {
 func (f *faults) clear() {
 	f.noLogin, f.throttle = false, 0
 	f.folder503, f.cut, f.stall, f.merge = countdown{}, countdown{}, countdown{}, countdown{}
-	f.refused, f.taskFaults = map[string]bool{}, nil
+	f.refused, f.taskFaults, f.delays = map[string]bool{}, nil, nil
 	f.lab.model.Service.ClearFaultRules()
 }
 
@@ -237,6 +258,23 @@ func (f *faults) takeTaskFault(method string) types.BaseMethodFault {
 		}
 	}
 	return nil
+}
+
+// wait holds a call back for as long as is asked for its method.
+func (f *faults) wait(method string) {
+	f.mu.Lock()
+	var length time.Duration
+	for _, d := range f.delays {
+		if d.method == method && d.take() {
+			length = d.length
+			break
+		}
+	}
+	f.mu.Unlock()
+	select {
+	case <-time.After(length):
+	case <-f.lab.stopped:
+	}
 }
 
 // mergeFails says whether this removal of a snapshot leaves its deltas.

@@ -12,7 +12,10 @@ const frozenDir = "frozen"
 // keepFrozen copies descriptors and extents up to the frozen layer to DIR/frozen/<snapshot>/; where a file of that name
 // is there already (disks of one name on two datastores), to disk-<key>/ below it.
 func (d *disk) keepFrozen(snapshot string, m *moment) error {
-	dir := filepath.Join(d.lab.state, frozenDir, snapshot)
+	if _, err := d.lab.state.claim(frozenDir); err != nil {
+		return err
+	}
+	dir := filepath.Join(d.lab.state.path, frozenDir, snapshot)
 	if _, err := os.Stat(filepath.Join(dir, d.layers[0].descriptor)); err == nil {
 		dir = filepath.Join(dir, fmt.Sprintf("disk-%d", d.key))
 	}

@@ -188,9 +188,15 @@ func (l *lab) hostOf(compute types.ManagedObjectReference) (types.ManagedObjectR
 // has one of that name, DIR/<datacenter>/<name>.
 func (l *lab) buildDatastore(dc *datacenter, name string) error {
 	ctx := context.Background()
-	dir := filepath.Join(l.state, name)
-	if _, err := os.Stat(dir); err == nil {
-		dir = filepath.Join(l.state, dc.spec.Name, name)
+	dir, err := l.state.claim(name)
+	if err != nil {
+		return err
+	}
+	if dir == "" { // another datacenter's
+		if _, err = l.state.claim(dc.spec.Name); err != nil {
+			return err
+		}
+		dir = filepath.Join(l.state.path, dc.spec.Name, name)
 	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err

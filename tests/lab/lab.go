@@ -4,12 +4,10 @@ package main
 import (
 	"context"
 	"crypto/tls"
-	"fmt"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
-	"path/filepath"
 	"sync"
 
 	"github.com/google/uuid"
@@ -31,9 +29,8 @@ type lab struct {
 	admin    *http.Server
 	adminURL string
 
-	state     string // holds the datastores
-	stateOurs bool   // a temporary directory, ours to remove
-	scratch   string // files nobody but us reads
+	state   *stateDir // holds the datastores
+	scratch string    // files nobody but us reads
 
 	datacenters []*datacenter
 	machines    map[types.ManagedObjectReference]*machine
@@ -70,7 +67,11 @@ func newLab(o options) (*lab, error) {
 
 // start builds the inventory and opens both ports.
 func (l *lab) start() error {
-	if err := l.openState(); err != nil {
+	var err error
+	if l.scratch, err = os.MkdirTemp("", "hyper2kvm-lab-scratch-"); err != nil {
+		return err
+	}
+	if l.state, err = openState(l.opts.state); err != nil {
 		return err
 	}
 	if err := l.build(); err != nil {
@@ -144,42 +145,7 @@ func (l *lab) close() {
 	if l.scratch != "" {
 		os.RemoveAll(l.scratch)
 	}
-	if l.stateOurs {
-		os.RemoveAll(l.state)
+	if l.state != nil {
+		l.state.close()
 	}
-}
-
-const stateMarker = ".hyper2kvm-lab"
-
-// openState makes the state directory ready. One that was given must be empty, or be left from an earlier lab, whose
-// files are then removed; it is left as it is at the end.
-func (l *lab) openState() (err error) {
-	if l.scratch, err = os.MkdirTemp("", "hyper2kvm-lab-scratch-"); err != nil {
-		return err
-	}
-	if l.opts.state == "" {
-		l.stateOurs = true
-		l.state, err = os.MkdirTemp("", "hyper2kvm-lab-")
-		return err
-	}
-	if l.state, err = filepath.Abs(l.opts.state); err != nil {
-		return err
-	}
-	if err = os.MkdirAll(l.state, 0o755); err != nil {
-		return err
-	}
-	entries, err := os.ReadDir(l.state)
-	if err != nil {
-		return err
-	}
-	marker := filepath.Join(l.state, stateMarker)
-	if _, err = os.Stat(marker); err != nil && len(entries) > 0 {
-		return fmt.Errorf("%s: not empty, and not from an earlier lab", l.state)
-	}
-	for _, e := range entries {
-		if err = os.RemoveAll(filepath.Join(l.state, e.Name())); err != nil {
-			return err
-		}
-	}
-	return os.WriteFile(marker, nil, 0o600)
 }

@@ -100,7 +100,7 @@ func (l *lab) ready() ready {
 		URL: "https://" + net.JoinHostPort(host, port) + "/sdk", Host: host, Port: number,
 		Username: l.opts.username, Password: l.opts.password,
 		ThumbprintSHA1: l.certs.sha1, ThumbprintSHA256: l.certs.sha256, CAPEM: l.certs.caPEM,
-		StateDir: l.state, AdminURL: l.adminURL,
+		StateDir: l.state.path, AdminURL: l.adminURL,
 	}
 	if l.vmCount() > readyVMLimit {
 		return r

@@ -29,6 +29,7 @@ func (l *lab) handle(ctx *simulator.Context, method *simulator.Method) (mo.Refer
 		return nil, nil
 	}
 	l.stats.soap(method.Name)
+	l.faults.wait(method.Name)
 	if fault := l.faults.onCall(method); fault != nil {
 		return nil, fault
 	}
