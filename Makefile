@@ -11,7 +11,7 @@ APT := qemu-utils util-linux
 APT_TEST := libvirt-clients openssl procps
 APT_E2E := chromium
 
-.PHONY: help setup setup-test setup-e2e demo test lint format e2e soak bench lab up down clean constraints
+.PHONY: help setup setup-test setup-e2e demo test lint format e2e soak bench lab up down clean constraints cassettes
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -86,6 +86,9 @@ lint: build/.venv ## format, lint, types, layers
 
 format: build/.venv ## rewrite the sources in the house format
 	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
+
+cassettes: setup ## record the cassettes anew from the lab
+	@HYPER2KVM_RECORD=1 $(PY) -m pytest -q tests/cassettes
 
 e2e: setup-e2e ## the whole product: demo, server, worker, UI
 	@$(PY) -m pytest -m e2e tests

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -207,12 +208,13 @@ def wait_for_bytes(lab, process, count=1 << 19, timeout_s=60) -> None:
 def processes_with(text: str) -> list[str]:
     """Return the command lines of the processes in whose environment or command line `text` stands."""
     found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    for process in (path for path in Path("/proc").iterdir() if path.name.isdigit()):
         try:
-            words = open(f"/proc/{pid}/cmdline", "rb").read() + open(f"/proc/{pid}/environ", "rb").read()
-            state = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0]
+            words = (process / "cmdline").read_bytes()
+            state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+            environment = (process / "environ").read_bytes()
         except OSError:
             continue
-        if text.encode() in words and int(pid) != os.getpid() and state != "Z":
-            found.append(words.partition(b"\0\0")[0].replace(b"\0", b" ").decode(errors="replace")[:120])
+        if text.encode() in words + environment and int(process.name) != os.getpid() and state != "Z":
+            found.append(words.replace(b"\0", b" ").decode(errors="replace")[:120])
     return found
