@@ -54,15 +54,8 @@ func newLab(o options) (*lab, error) {
 	}
 	l.faults = newFaults(l)
 	var err error
-	if o.scenario != "" {
-		l.scenario, err = loadScenario(o.scenario)
-	} else {
-		l.scenario, err = flagScenario(o)
-	}
-	if err != nil {
-		return nil, err
-	}
-	return l, l.scenario.complete()
+	l.scenario, err = readScenario(o)
+	return l, err
 }
 
 // start builds the inventory and opens both ports.

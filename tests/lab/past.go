@@ -20,7 +20,7 @@ func (m *machine) playPast() error {
 			return fmt.Errorf("snapshot %q: %w", s.Name, err)
 		}
 	}
-	if !m.spec.ConsolidationNeeded {
+	if !m.spec.needed() {
 		return nil
 	}
 	for _, d := range m.disks {

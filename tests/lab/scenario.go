@@ -39,8 +39,12 @@
 //	  "locks": "live",              which extents of a running VM /folder refuses: see locks.go
 //	  "keep_frozen": false,         copy each chain as of its snapshot to DIR/frozen/<snapshot moref>/
 //	  "host_ignores_range": false,  /folder answers 200 and the whole file to a Range request
-//	  "free_licence": false         calls that change something answer RestrictedVersion, as on a free ESXi
+//	  "free_licence": false,        calls that change something answer RestrictedVersion, as on a free ESXi
+//	  "vss": false, "consolidation_needed": false   for every VM
 //	}
+//
+// Without "datacenters" the inventory is the one of the flags. consolidation_needed may be spelled as vSphere does,
+// consolidationNeeded.
 //
 // Names are given as vSphere stores them: "%25", "%2f" and "%5c" stand for "%", "/" and "\". The same VM name may
 // stand in several folders.
@@ -64,7 +68,17 @@ type scenario struct {
 	KeepFrozen       bool             `json:"keep_frozen"`
 	HostIgnoresRange bool             `json:"host_ignores_range"`
 	FreeLicence      bool             `json:"free_licence"`
+	VSS              bool             `json:"vss"`
+	consolidation
 }
+
+// consolidation is an option with two spellings.
+type consolidation struct {
+	Needed  bool `json:"consolidation_needed"`
+	VSphere bool `json:"consolidationNeeded"`
+}
+
+func (c consolidation) needed() bool { return c.Needed || c.VSphere }
 
 type datacenterSpec struct {
 	Name            string          `json:"name"`
@@ -111,25 +125,25 @@ func (d *datastoreSpec) UnmarshalJSON(b []byte) error {
 }
 
 type vmSpec struct {
-	Name                string         `json:"name"`
-	Folder              string         `json:"folder"`
-	Host                string         `json:"host"`
-	Datastore           string         `json:"datastore"`
-	Dir                 string         `json:"dir"`
-	Power               string         `json:"power"`
-	Firmware            string         `json:"firmware"`
-	CPUs                int32          `json:"cpus"`
-	MemoryMiB           int64          `json:"memory_mib"`
-	GuestID             string         `json:"guest_id"`
-	Tools               *bool          `json:"tools"`
-	Quiesce             string         `json:"quiesce"`
-	VSS                 bool           `json:"vss"`
-	Snapshots           []snapshotSpec `json:"snapshots"`
-	ConsolidationNeeded bool           `json:"consolidation_needed"`
-	InstanceUUID        string         `json:"instance_uuid"`
-	BIOSUUID            string         `json:"bios_uuid"`
-	NICs                []string       `json:"nics"`
-	Disks               []diskSpec     `json:"disks"`
+	Name      string         `json:"name"`
+	Folder    string         `json:"folder"`
+	Host      string         `json:"host"`
+	Datastore string         `json:"datastore"`
+	Dir       string         `json:"dir"`
+	Power     string         `json:"power"`
+	Firmware  string         `json:"firmware"`
+	CPUs      int32          `json:"cpus"`
+	MemoryMiB int64          `json:"memory_mib"`
+	GuestID   string         `json:"guest_id"`
+	Tools     *bool          `json:"tools"`
+	Quiesce   string         `json:"quiesce"`
+	VSS       bool           `json:"vss"`
+	Snapshots []snapshotSpec `json:"snapshots"`
+	consolidation
+	InstanceUUID string     `json:"instance_uuid"`
+	BIOSUUID     string     `json:"bios_uuid"`
+	NICs         []string   `json:"nics"`
+	Disks        []diskSpec `json:"disks"`
 }
 
 type snapshotSpec struct {
@@ -223,11 +237,29 @@ func loadScenario(file string) (*scenario, error) {
 	return s, nil
 }
 
-// flagScenario is the inventory of a lab started without a scenario file.
-func flagScenario(o options) (*scenario, error) {
+// readScenario is what to play: the file's inventory, or where it names none, that of the flags.
+func readScenario(o options) (*scenario, error) {
+	s := new(scenario)
+	if o.scenario != "" {
+		var err error
+		if s, err = loadScenario(o.scenario); err != nil {
+			return nil, err
+		}
+	}
+	if len(s.Datacenters) == 0 {
+		dc, err := flagDatacenter(o)
+		if err != nil {
+			return nil, err
+		}
+		s.Datacenters = []datacenterSpec{dc}
+	}
+	return s, s.complete()
+}
+
+func flagDatacenter(o options) (datacenterSpec, error) {
 	size, err := parseSize(o.diskSize)
 	if err != nil {
-		return nil, err
+		return datacenterSpec{}, err
 	}
 	vm := vmSpec{Name: o.vm, Folder: o.folder}
 	for range o.disks {
@@ -236,7 +268,7 @@ func flagScenario(o options) (*scenario, error) {
 	dc := datacenterSpec{Name: o.dc, VMs: []vmSpec{vm}}
 	if o.esx {
 		dc.StandaloneHosts = []hostSpec{{Name: o.host}}
-		return &scenario{Datacenters: []datacenterSpec{dc}}, nil
+		return dc, nil
 	}
 	if o.cluster != "" && o.host != "" {
 		dc.Clusters = []clusterSpec{{Name: o.cluster, Hosts: []string{o.host}}}
@@ -244,7 +276,7 @@ func flagScenario(o options) (*scenario, error) {
 	if o.standaloneHost != "" {
 		dc.StandaloneHosts = []hostSpec{{Name: o.standaloneHost}}
 	}
-	return &scenario{Datacenters: []datacenterSpec{dc}}, nil
+	return dc, nil
 }
 
 // complete fills in defaults and refuses what cannot be played.
@@ -255,10 +287,11 @@ func (s *scenario) complete() error {
 	if s.Locks != locksLive && s.Locks != locksStrict && s.Locks != locksOff {
 		return fmt.Errorf("locks: %q is not %q, %q or %q", s.Locks, locksLive, locksStrict, locksOff)
 	}
-	if len(s.Datacenters) == 0 {
-		return fmt.Errorf("no datacenters")
-	}
 	for i := range s.Datacenters {
+		for j := range s.Datacenters[i].VMs {
+			vm := &s.Datacenters[i].VMs[j]
+			vm.VSS, vm.Needed = vm.VSS || s.VSS, vm.needed() || s.needed()
+		}
 		if err := s.Datacenters[i].complete(); err != nil {
 			return fmt.Errorf("datacenter %q: %w", s.Datacenters[i].Name, err)
 		}
