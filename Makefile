@@ -18,7 +18,7 @@ help: ## this list
 
 setup: build/.apt build/.venv build/lab ## system packages, .venv, the lab, Prefect's database
 
-setup-test: setup build/.apt-test build/govc
+setup-test: setup build/.apt-test build/govc build/plain
 
 setup-e2e: setup-test build/.apt-e2e
 
@@ -65,9 +65,9 @@ build/lab: build/.venv $(LAB_SOURCES)
 	@echo "building the lab"
 	@go=$(GO) && cd tests/lab && $$go build -o ../../build/lab .
 
-build/govc: build/.venv $(wildcard tests/lab/govc/*.go) tests/lab/go.mod
-	@echo "building govc"
-	@go=$(GO) && cd tests/lab && $$go build -o ../../build/govc ./govc
+build/govc build/plain: build/%: build/.venv tests/lab/%/main.go tests/lab/go.mod
+	@echo "building $*"
+	@go=$(GO) && cd tests/lab && $$go build -o ../../$@ ./$*
 
 constraints: build/.venv ## pin the newest versions that fit, by name and number
 	@printf 'uv\nsetuptools\ngo-bin\n' | $(VENV)/bin/uv pip compile -q --upgrade --no-header --no-annotate \

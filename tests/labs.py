@@ -19,6 +19,7 @@ import httpx
 ROOT = Path(__file__).resolve().parents[1]
 BINARY = ROOT / "build" / "lab"
 GOVC = ROOT / "build" / "govc"
+PLAIN = ROOT / "build" / "plain"
 START_TIMEOUT_S = 60.0
 
 
@@ -108,6 +109,19 @@ def start_lab(*flags: str, scenario: dict[str, Any] | None = None) -> Lab:
     ca_file = folder / "ca.pem"
     ca_file.write_text(ready["ca_pem"])
     return Lab(ready, process, ca_file)
+
+
+@contextmanager
+def plain_simulator() -> Iterator[dict[str, Any]]:
+    """govmomi's simulator as it comes, for the block; yields its ready line."""
+    argv = ["setpriv", "--pdeathsig", "KILL", str(PLAIN)]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout
+    try:
+        yield json.loads(process.stdout.readline())
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 @contextmanager
