@@ -8,7 +8,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 
 # qemu-utils: qemu-img and qemu-nbd. util-linux: setpriv. The rest judges the lab from outside, or draws the UI.
 APT := qemu-utils util-linux
-APT_TEST := libvirt-clients openssl procps
+APT_TEST := libvirt-clients openssl procps curl
 APT_E2E := chromium
 
 .PHONY: help setup setup-test setup-e2e demo test lint format e2e soak bench lab up down clean constraints cassettes
@@ -82,7 +82,8 @@ test: setup-test ## unit, cassette and live tests
 	@$(PY) -m pytest -m "not e2e and not soak" tests
 
 lint: build/.venv ## format, lint, types, layers
-	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy && $(VENV)/bin/lint-imports --no-logo
+	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy && $(VENV)/bin/mypy deployments && \
+	  $(VENV)/bin/lint-imports --no-logo
 
 format: build/.venv ## rewrite the sources in the house format
 	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
@@ -109,4 +110,4 @@ down: ## end what `make up` started
 	@[ ! -x $(PY) ] || $(PY) deployments/local.py down
 
 clean: down ## remove what was built and left behind
-	@rm -rf build $(VENV) exports .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	@rm -rf build $(VENV) exports .lab .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

@@ -8,7 +8,7 @@ from prefect.blocks.core import Block
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from tasks.errors import InvalidInput
-from tasks.models import normalise_thumbprint, split_address
+from tasks.models import OptionalText, normalise_thumbprint, split_address
 
 
 class VCenter(Block):
@@ -42,17 +42,17 @@ class VCenter(Block):
         min_length=1,
     )
     password: SecretStr = Field(title="Password", description="Kept encrypted by Prefect; shown to nobody.")
-    ca_bundle: str | None = Field(
-        default=None,
+    ca_bundle: OptionalText = Field(
+        default="",
         title="CA bundle",
         description="PEM text of the CAs that sign its certificate, or the path of such a file on the worker. "
         "Empty: the worker's own CAs.",
         examples=["/etc/ssl/vcenter-ca.pem"],
     )
-    thumbprint: str | None = Field(
-        default=None,
+    thumbprint: OptionalText = Field(
+        default="",
         title="Thumbprint",
-        description="SHA-256 or SHA-1 of its certificate, in any usual spelling: pins that certificate.",
+        description="SHA-256 or SHA-1 of its certificate, in any usual spelling. Given, it alone decides.",
         examples=["AB:CD:…"],
     )
     verify: bool = Field(
@@ -84,5 +84,5 @@ class VCenter(Block):
 
     @field_validator("thumbprint")
     @classmethod
-    def _normalised(cls, thumbprint: str | None) -> str | None:
-        return normalise_thumbprint(thumbprint) if thumbprint else None
+    def _normalised(cls, thumbprint: str) -> str:
+        return normalise_thumbprint(thumbprint) if thumbprint else ""

@@ -6,12 +6,13 @@ from functools import partial
 from pathlib import Path
 
 from prefect import flow
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 
 from blocks import VCenter
 from tasks.connect import connected
 from tasks.convert import land
 from tasks.disks import copyable_disks
+from tasks.errors import InvalidInput
 from tasks.images.files import need_space, safe_name
 from tasks.images.job import job_id, job_lock
 from tasks.images.output import refuse_existing
@@ -35,12 +36,24 @@ async def export_vm(vcenter: VCenter, options: ExportJob) -> Manifest:
         vcenter: Where the VM is now: a saved vCenter, or a new one through Add.
         options: Which VM to export, where to, and how.
     """
+    output_dir = _place_that_stays(options.output_dir)
     async with connected(vcenter) as server:
         vm = await resolve(vcenter, options.vm_name)
-        folder = (options.output_dir / safe_name(vm.name)).expanduser().absolute()
+        folder = output_dir / safe_name(vm.name)
         with job_lock(folder, {"flow_run": flow_run.get_name() or "", "flow_run_id": flow_run.get_id() or ""}):
             refuse_existing(folder)
             return await _export(vcenter, server, vm, folder, options)
+
+
+def _place_that_stays(folder: Path) -> Path:
+    """Return `folder` made absolute. A worker runs flows in a temporary folder, and deletes that with all in it."""
+    if deployment.get_id() and not folder.expanduser().is_absolute():
+        raise InvalidInput(
+            what="output folder",
+            why=f"{str(folder)!r} is relative, and the worker deletes the folder that it runs in",
+            remedy="Give the whole path, such as /data/exports",
+        )
+    return folder.expanduser().absolute()
 
 
 async def _export(

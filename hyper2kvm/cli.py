@@ -190,7 +190,7 @@ def _export(options: ExportOptions, settings: Settings, *, json: bool) -> int:
         print(manifest.model_dump_json(indent=2))
     else:
         console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-        for line in summary(manifest, str(job.output_dir), time.monotonic() - started):
+        for line in summary(manifest, job.output_dir, time.monotonic() - started):
             console.print(line)
     return 0
 

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.progress import TransferSpeedColumn as SpeedColumn
 
 from tasks.errors import Hyper2KvmError
+from tasks.images.files import safe_name
 from tasks.models import Manifest
 
 if TYPE_CHECKING:
@@ -93,10 +95,10 @@ def _pace(meter: Meter) -> str:
     return f"{rate / MIB:.0f} MiB/s{left}"
 
 
-def summary(manifest: Manifest, folder: str, seconds: float) -> list[str]:
+def summary(manifest: Manifest, output_dir: Path, seconds: float) -> list[str]:
     """Return the lines that end a successful export."""
     moved = sum(image.bytes_transferred for image in manifest.disks)
-    lines = [f"Exported {manifest.vm.name} ({manifest.vm.moref}) to {folder}"]
+    lines = [f"Exported {manifest.vm.name} ({manifest.vm.moref}) to {output_dir / safe_name(manifest.vm.name)}"]
     for image in manifest.disks:
         size = f"{image.virtual_size / MIB:,.0f} MiB"
         lines.append(f"  {image.path}  {size}, {image.format}, read back: {image.verified}, {image.digest}")

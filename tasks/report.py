@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from blocks import VCenter
 from tasks.images.output import MANIFEST, land_all
 from tasks.models import DiskImage, ExportJob, Manifest, Snapshot, VCenterInfo, VirtualMachine
-from tasks.steps import in_thread
+from tasks.steps import in_thread, quietly
 
 MIB = 1024 * 1024
 
@@ -24,9 +24,10 @@ async def commit(manifest: Manifest, folder: Path) -> None:
     Raises OutputExists. Leaves the report among the run's artifacts.
     """
     await in_thread(land_all, None, folder, manifest)
-    await acreate_markdown_artifact(
+    report = acreate_markdown_artifact(
         markdown(manifest, folder), key=f"export-{manifest.vm.moref}", description=f"Export of {manifest.vm.name}"
     )
+    await quietly(report)
 
 
 def manifest_of(
@@ -73,14 +74,14 @@ def markdown(manifest: Manifest, folder: Path) -> str:
         "| --- | --- |",
         f"| Inventory path | {_cell(vm.inventory_path)} ({vm.moref}) |",
         f"| Host-system path | {_cell(vm.host_path)} |",
-        f"| libvirt URI | {_cell(vm.vpx_uri)} |",
+        f"| libvirt URI | `{vm.vpx_uri}` |",  # percent-encoded: nothing in it ends a code span
         f"| Hardware | {vm.cpus} vCPU, {vm.memory_mib} MiB, {vm.firmware} |",
         f"| Power state at export | {vm.power_state} |",
         f"| Snapshot | {_cell(snapshot.name)}, {snapshot.created} |" if snapshot else "| Snapshot | none |",
         f"| Output | {_cell(str(folder))} |",
         f"| Consistent | {'all disks of one point in time' if manifest.consistent else 'no'} |",
-        *(f"| Source of disk {image.index} | {_cell(image.source)} |" for image in manifest.disks),
-        *(f"| Digest of disk {image.index} | {_cell(image.digest)} |" for image in manifest.disks),
+        *(f"| Disk {image.index} | {_cell(image.source)} |" for image in manifest.disks),
+        *(f"| Digest {image.index} | {_cell(image.digest)} |" for image in manifest.disks),
         "",
         # No wider: Prefect's older UI cuts off what does not fit.
         "| Disk | Image | Size | Transferred | MiB/s | Road | Read back |",

@@ -161,17 +161,17 @@ async def metered(label: str, total_bytes: int, *, key: str) -> AsyncIterator[Me
 
 
 async def _refresh(meter: Meter, key: str, ended: asyncio.Event) -> None:
-    artifact = await _quietly(acreate_progress_artifact(progress=0.0, key=key, description=meter.label))
+    artifact = await quietly(acreate_progress_artifact(progress=0.0, key=key, description=meter.label))
     shown = 0.0
     while isinstance(artifact, UUID) and not (ended.is_set() and shown == meter.fraction):
         with suppress(TimeoutError):
             await asyncio.wait_for(ended.wait(), ARTIFACT_EVERY_S)
         if shown != meter.fraction:
             shown = meter.fraction
-            await _quietly(aupdate_progress_artifact(artifact_id=artifact, progress=100 * shown))
+            await quietly(aupdate_progress_artifact(artifact_id=artifact, progress=100 * shown))
 
 
-async def _quietly(call: Coroutine[Any, Any, T]) -> T | None:
+async def quietly(call: Coroutine[Any, Any, T]) -> T | None:
     """Await a call to the Prefect API that no copy may fail for."""
     try:
         return await call

@@ -12,8 +12,8 @@ from prefect.logging import get_run_logger
 
 from blocks import VCenter
 from tasks.images.copy import CopyResult, copy
-from tasks.images.extents import whole_disk
 from tasks.images.digests import Digests
+from tasks.images.extents import whole_disk
 from tasks.images.files import part_of
 from tasks.images.raw import RawWriter
 from tasks.models import Arrival, Connection, VirtualDisk, VirtualMachine

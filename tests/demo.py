@@ -26,9 +26,7 @@ VM = "production-web"
 def main() -> int:
     shutil.rmtree(OUTPUT, ignore_errors=True)
     with running_lab("-disks", "2", "-disk-size", "256MiB", "-vm", VM, "-folder", "production") as lab:
-        say(
-            f"vCenter up at {lab.url}, VM {VM} is running with {len(lab.vm(VM)['disks'])} disks; its guest keeps writing"
-        )
+        say(f"vCenter up at {lab.url}; VM {VM} runs, with {len(lab.vm(VM)['disks'])} disks; its guest keeps writing")
         for disk in range(2):
             lab.post("/guest-load", vm=lab.vm(VM)["moref"], disk=disk, bytes_per_s=1 << 20, seed=disk)
         started = time.monotonic()

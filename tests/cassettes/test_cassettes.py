@@ -13,10 +13,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pyVim.connect
 import pyVmomi.five
 import pyVmomi.SoapAdapter
-import pytest
 import vcr
 import yaml
 from pydantic import SecretStr
@@ -55,8 +55,7 @@ RECORDER = vcr.VCR(
     before_record_response=scrubbed_response,
     decode_compressed_response=True,
     custom_patches=tuple(
-        (module, "HTTPSConnection", VCRHTTPSConnection)
-        for module in (pyVmomi.SoapAdapter, pyVim.connect, pyVmomi.five)
+        (module, "HTTPSConnection", VCRHTTPSConnection) for module in (pyVmomi.SoapAdapter, pyVim.connect, pyVmomi.five)
     ),
 )
 

@@ -1,0 +1,302 @@
+"""`make up`, exports started as a person does (by the form, and by the API with the form's schema), `make down`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tasks.models import Manifest
+from tests.e2e.processes import marked_processes
+from tests.e2e.screenshot import browser
+from tests.labs import ROOT, Lab
+from tests.runs import assert_equal_to_the_guests_disks
+
+pytestmark = pytest.mark.e2e
+
+VM = "production-web"
+PICTURES = ROOT / "build" / "e2e"
+MAKE_TIMEOUT_S = 300
+RUN_TIMEOUT_S = 120
+
+
+class Product:
+    """What `make up` started, in a state folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def make(self, target: str) -> str:
+        """Run a make target; return what it printed."""
+        env = os.environ | {"HYPER2KVM_STATE_DIR": str(self.folder), "HYPER2KVM_PORT": "0"}
+        done = subprocess.run(
+            ["make", "--no-print-directory", target],
+            cwd=ROOT, env=env, capture_output=True, text=True, timeout=MAKE_TIMEOUT_S,
+        )  # fmt: skip
+        assert done.returncode == 0, f"make {target}: {done.stdout}{done.stderr}{self.logs()}"
+        return done.stdout
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / "state.json").read_text()))
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.state['port']}"
+
+    @property
+    def lab(self) -> Lab:
+        return Lab(self.state["lab"], None, Path())  # type: ignore[arg-type] - its process is not ours
+
+    def processes(self) -> list[int]:
+        return marked_processes(f"HYPER2KVM_STARTED_BY={self.folder}:")
+
+    def api(self, path: str, **body: Any) -> Any:
+        """GET without a body, else POST."""
+        method = "POST" if body else "GET"
+        answer = httpx.request(method, f"{self.address}/api/{path}", json=body or None, timeout=30, trust_env=False)
+        assert answer.is_success, answer.text
+        return answer.json() if answer.content else None
+
+    def deployment(self) -> dict[str, Any]:
+        return dict(self.api("deployments/name/export/export"))
+
+    def vcenter(self) -> dict[str, Any]:
+        """Return the saved block, password and all, as only the API's `include_secrets` gives it."""
+        blocks = self.api("block_documents/filter", include_secrets=True)
+        return dict(next(block for block in blocks if block["name"] == "lab"))
+
+    def start(self, output: Path) -> str:
+        """Create a run as the form does; return its id."""
+        schema = self.deployment()["parameter_openapi_schema"]
+        block, values = self.vcenter()["id"], {"vm_name": VM, "output_dir": str(output)}
+        parameters = fill_in(schema, schema["definitions"], values, block=block)
+        return str(self.api(f"deployments/{self.deployment()['id']}/create_flow_run", parameters=parameters)["id"])
+
+    def await_state(self, run: str, *wanted: str, timeout_s: float = RUN_TIMEOUT_S) -> dict[str, Any]:
+        def reached() -> bool:
+            return self.api(f"flow_runs/{run}")["state_name"] in {
+                *wanted,
+                "Completed",
+                "Failed",
+                "Crashed",
+                "Cancelled",
+            }
+
+        await_that(reached, timeout_s, lambda: f"the run is not {wanted}, but {self.api(f'flow_runs/{run}')['state']}")
+        found = dict(self.api(f"flow_runs/{run}"))
+        assert found["state_name"] in wanted, f"{found['state']}{self.logs()}"
+        return found
+
+    def logs(self) -> str:
+        tails = [
+            f"\n── {log.name}\n" + "\n".join(log.read_text().splitlines()[-40:]) for log in self.folder.glob("*.log")
+        ]
+        return "".join(tails)
+
+
+def fill_in(schema: dict[str, Any], definitions: dict[str, Any], values: dict[str, Any], *, block: str) -> Any:
+    """Return parameters with all that `schema` requires and nothing else, a block by reference."""
+    schema = resolved(schema, definitions)
+    if "block_type_slug" in schema:
+        return {"$ref": {"block_document_id": block}}
+    return {
+        name: values[name] if name in values else fill_in(schema["properties"][name], definitions, values, block=block)
+        for name in schema["required"]
+    }
+
+
+def resolved(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return `schema` with what it refers to; what stands beside the reference wins."""
+    reference = schema.get("$ref", "").removeprefix("#/definitions/")
+    return definitions.get(reference, {}) | schema
+
+
+def fields_of(
+    schema: dict[str, Any], definitions: dict[str, Any], path: str = ""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every field of a form, groups before what is in them."""
+    for name, field in schema["properties"].items():
+        field = resolved(field, definitions)
+        yield f"{path}{name}", field
+        if "properties" in field:
+            yield from fields_of(field, definitions, f"{path}{name}.")
+
+
+def await_that(holds: Callable[[], bool], timeout_s: float, otherwise: Callable[[], str]) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, otherwise()
+        time.sleep(0.3)
+
+
+@pytest.fixture(scope="module")
+def product(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Product]:
+    """One product for the tests of this file, which follow an operator's day: up, export, cancel, mend, down."""
+    product = Product(tmp_path_factory.mktemp("up") / "state")
+    try:
+        product.up = product.make("up")  # type: ignore[attr-defined]
+        yield product
+    finally:
+        product.make("down")
+
+
+@pytest.fixture
+def busy_guest(product: Product) -> Iterator[Lab]:
+    """The lab, with a guest that writes to both disks meanwhile."""
+    moref = product.lab.vm(VM)["moref"]
+    for disk in range(2):
+        product.lab.post("/guest-load", vm=moref, disk=disk, bytes_per_s=1 << 20, seed=disk)
+    yield product.lab
+    for disk in range(2):
+        product.lab.post("/guest-load", vm=moref, disk=disk, stop=True)
+
+
+def check_export(lab: Lab, folder: Path, scratch: Path) -> None:
+    """Check images against the guest's disks as of the snapshot, and that nothing is left on the vCenter."""
+    manifest = Manifest.model_validate_json((folder / VM / "manifest.json").read_text())
+    assert [image.path for image in manifest.disks] == ["disk-0.qcow2", "disk-1.qcow2"]
+    assert_equal_to_the_guests_disks(lab, manifest, folder / VM, scratch)
+    check_nothing_left(lab)
+
+
+def check_nothing_left(lab: Lab) -> None:
+    await_that(lambda: lab.stats()["live_sessions"] == 0, 10, lambda: f"a session is left: {lab.stats()}")
+    assert lab.stats()["open_snapshots"] == 0
+
+
+def test_up_says_where_to_click_and_does_nothing_twice(product: Product) -> None:
+    assert product.up.splitlines()[-1] == f"UI: {product.address}"  # type: ignore[attr-defined]
+    before = product.state["pids"]
+    assert "already up" in product.make("up")
+    assert product.state["pids"] == before
+
+
+def test_nothing_of_this_machine_is_baked_into_the_deployment(product: Product) -> None:
+    deployment = product.deployment()
+    assert (deployment["entrypoint"], deployment["path"], deployment["pull_steps"]) == (
+        "flows.export.export_vm",
+        None,
+        [],
+    )
+    assert deployment["parameters"] == {} and deployment["description"] and deployment["version"] and deployment["tags"]
+    assert str(ROOT) not in json.dumps(deployment)
+
+
+def test_every_field_of_the_form_explains_itself(product: Product) -> None:
+    schema = product.deployment()["parameter_openapi_schema"]
+    fields = dict(fields_of(schema, schema["definitions"]))
+    assert {"vcenter.password", "options.vm_name"} < fields.keys()
+    for path, field in fields.items():
+        assert field.get("title") and field.get("description"), path
+        assert field.get("examples") or "properties" in field or field.get("writeOnly"), path
+        assert "anyOf" not in field, f"{path}: the form makes tabs of it, one of them called None"
+
+
+def test_a_run_from_the_forms_schema_completes(product: Product, busy_guest: Lab, tmp_path: Path) -> None:
+    run = product.await_state(product.start(tmp_path / "exports"), "Completed")
+    check_export(busy_guest, tmp_path / "exports", tmp_path)
+    mine = {"flow_runs": {"id": {"any_": [run["id"]]}}}
+    artifacts = {artifact["key"]: artifact for artifact in product.api("artifacts/filter", **mine)}
+    moref = busy_guest.vm(VM)["moref"]
+    for disk in range(2):
+        progress = artifacts[f"transfer-{moref}-disk-{disk}"]
+        assert (progress["type"], progress["data"]) == ("progress", 100)
+    report = artifacts[f"export-{moref}"]
+    assert report["type"] == "markdown" and "disk-1.qcow2" in report["data"]
+    names = {task["name"] for task in product.api("task_runs/filter", **mine)}
+    assert run["name"] == f"export {VM}" and {f"transfer {VM} disk 0", f"transfer {VM} disk 1"} < names
+
+
+def test_the_form_in_the_browser_starts_an_export(product: Product, busy_guest: Lab, tmp_path: Path) -> None:
+    seen = {run["id"] for run in product.api("flow_runs/filter", limit=200)}
+    with browser() as page:
+        page.open(f"{product.address}/v2/deployments/deployment/{product.deployment()['id']}/run")
+        page.wait_for("Output folder", "Existing snapshot")
+        page.click("Select a block...")
+        page.click("lab")
+        page.fill("VM", VM)
+        page.fill("Output folder", str(tmp_path / "exports"))
+        page.picture(PICTURES / "form.png")
+        page.click("Submit")
+        page.wait_for("scheduled to start now")
+        (run,) = {run["id"] for run in product.api("flow_runs/filter", limit=200)} - seen
+        product.await_state(run, "Completed")
+        check_export(busy_guest, tmp_path / "exports", tmp_path)
+
+        page.open(f"{product.address}/v2/runs/flow-run/{run}")
+        page.wait_for(f"export {VM}", "Completed", "transferred")
+        page.picture(PICTURES / "run.png")
+        report = next(a for a in artifacts_of(product, run) if a["type"] == "markdown")
+        source = busy_guest.vm(VM)["disks"][1]["datastore_path"]
+        for ui in ("/v2", ""):
+            page.open(f"{product.address}{ui}/artifacts/artifact/{report['id']}")
+            page.wait_for(f"Export of {VM}", source, "all disks of one point in time")
+            page.picture(PICTURES / f"report{ui.replace('/', '-')}.png")
+
+
+def artifacts_of(product: Product, run: str) -> list[dict[str, Any]]:
+    return list(product.api("artifacts/filter", flow_runs={"id": {"any_": [run]}}))
+
+
+def test_the_password_is_nowhere_to_be_read(product: Product) -> None:
+    password = product.vcenter()["data"]["password"]
+    assert len(password) > 8 and set(password) != {"*"}
+    for what in ("flow_runs", "task_runs", "logs", "artifacts"):
+        found = product.api(f"{what}/filter", limit=200)
+        assert found and password not in json.dumps(found), what
+    assert password not in json.dumps(product.api("block_documents/filter", include_secrets=False))
+    files = [path for path in product.folder.rglob("*") if path.is_file() and "datastores" not in path.parts]
+    assert {"prefect.db", "worker.log", "state.json"} <= {path.name for path in files}
+    assert [str(path) for path in files if password.encode() in path.read_bytes()] == []
+    assert [pid for pid in product.processes() if password.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()] == []
+
+
+def test_a_relative_folder_is_refused_since_the_worker_would_delete_it(product: Product) -> None:
+    run = product.await_state(product.start(Path("exports")), "Failed")
+    assert "the worker deletes the folder that it runs in" in run["state"]["message"]
+    check_nothing_left(product.lab)
+
+
+def test_cancelling_in_the_ui_leaves_no_snapshot(product: Product, tmp_path: Path) -> None:
+    product.lab.post("/faults", throttle_bytes_per_s=4 << 20)
+    run = product.start(tmp_path / "exports")
+    await_that(
+        lambda: product.lab.stats()["open_snapshots"] == 1, RUN_TIMEOUT_S, lambda: "no snapshot" + product.logs()
+    )
+    product.api(f"flow_runs/{run}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
+    product.await_state(run, "Cancelled", timeout_s=60)
+    product.lab.post("/faults", clear=True)
+    check_nothing_left(product.lab)
+
+
+def test_up_mends_what_died(product: Product) -> None:
+    before, password = product.state["pids"], product.vcenter()["data"]["password"]
+    for role in ("server", "lab"):
+        os.kill(before[role], signal.SIGKILL)
+    product.make("up")
+    after = product.state["pids"]
+    assert all(after[role] != before[role] for role in before), "the worker must not poll a port that is gone"
+    assert sorted(product.processes()) == sorted(after.values())
+    assert product.vcenter()["data"]["password"] != password
+
+
+def test_down_ends_all_of_it_also_in_the_middle_of_a_run(product: Product, tmp_path: Path) -> None:
+    product.lab.post("/faults", throttle_bytes_per_s=4 << 20)
+    product.start(tmp_path / "exports")
+    await_that(
+        lambda: product.lab.stats()["open_snapshots"] == 1, RUN_TIMEOUT_S, lambda: "no snapshot" + product.logs()
+    )
+    assert len(product.processes()) > 3
+    assert "ended worker, server, lab" in product.make("down")
+    assert product.processes() == []
+    assert not (product.folder / "datastores").exists()
+    assert "nothing was up" in product.make("down")
