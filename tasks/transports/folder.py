@@ -13,7 +13,6 @@ import ssl
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, NoReturn, Self
 from urllib.parse import quote
 from weakref import WeakSet
@@ -249,14 +248,13 @@ class _Sockets:
 
 
 def _client(context: ssl.SSLContext, connections: int, timeout_s: float) -> httpx.Client:
-    """No proxy and no netrc of the environment, no redirects, no cookies but the one that is given."""
+    """No proxy of the environment: the cookie goes to the server that it is of, or nowhere."""
     return httpx.Client(
         verify=context,
         trust_env=False,
         timeout=timeout_s,
         limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
         headers={"Accept-Encoding": "identity"},
-        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
     )
 
 

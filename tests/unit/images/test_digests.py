@@ -69,10 +69,11 @@ def test_it_survives_closing_and_zero_may_replace_something(tmp_path: Path) -> N
 def test_three_tebibytes_of_zeros_take_no_room(tmp_path: Path) -> None:
     with Digests.create(tmp_path / "x.digests", size=3 * TIB) as digests:
         digests.put(leaf_count(3 * TIB) - 1, b"r" * 32)
-        digests.put(5_000_000, ZERO_RECORD)
+        for leaf in range(0, 5_000_000, 50_000):
+            digests.put(leaf, ZERO_RECORD)
         assert digests.get(leaf_count(3 * TIB) - 1) == b"r" * 32
         assert digests.image_digest().startswith("blake3:")
-    assert (tmp_path / "x.digests").stat().st_blocks * 512 <= 64 * 1024
+    assert (tmp_path / "x.digests").stat().st_blocks * 512 <= 16 * 1024
 
 
 def test_threads_may_put_at_once(tmp_path: Path) -> None:

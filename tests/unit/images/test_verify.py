@@ -127,16 +127,35 @@ def test_stop_ends_it(tmp_path: Path) -> None:
         read_back(path, "raw", stop=stop)
 
 
+def test_bad_leaves_are_counted_over_all_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.images.verify.PIECE_BYTES", 2 * LEAF_BYTES)
+    path = copied(tmp_path, "raw")
+    for leaf in (46, 3, 20):
+        _flip(path, leaf * LEAF_BYTES)
+    with pytest.raises(IntegrityMismatch, match=f"3 leaves of 262144 bytes differ, the first at byte {3 * LEAF_BYTES}"):
+        read_back(path, "raw")
+
+
+def test_stop_ends_it_among_holes(tmp_path: Path) -> None:
+    path, stop = hole(tmp_path, 2**43), threading.Event()
+    with pytest.raises(Stopped):
+        read_back(path, "raw", progress=lambda _: stop.set(), stop=stop)
+
+
 def test_holes_are_not_read(tmp_path: Path) -> None:
-    """A tebibyte of hole takes no time."""
-    path = tmp_path / "x"
-    size = 2**40
+    """A quarter of a tebibyte of hole takes no time."""
+    read_back(hole(tmp_path, 2**38), "raw")
+
+
+def hole(folder: Path, size: int) -> Path:
+    """Return an image that is all hole, with its digests beside it."""
+    path = folder / "x"
     with (
         RawWriter.create(path, size=size) as writer,
-        Digests.create(tmp_path / "x.digests", size=size),
+        Digests.create(folder / "x.digests", size=size),
     ):
         writer.flush()
-    read_back(path, "raw")
+    return path
 
 
 def _flip(path: Path, offset: int) -> None:
