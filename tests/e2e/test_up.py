@@ -256,6 +256,7 @@ def test_the_password_is_nowhere_to_be_read(product: Product) -> None:
     assert password not in json.dumps(product.api("block_documents/filter", include_secrets=False))
     files = [path for path in product.folder.rglob("*") if path.is_file() and "datastores" not in path.parts]
     assert {"prefect.db", "worker.log", "state.json"} <= {path.name for path in files}
+    assert [path for path in files if VM.encode() in path.read_bytes()], "the search does not find what is there"
     assert [str(path) for path in files if password.encode() in path.read_bytes()] == []
     assert [pid for pid in product.processes() if password.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()] == []
 
