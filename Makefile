@@ -109,5 +109,6 @@ up: setup ## Prefect server, worker, lab and deployments on this machine
 down: ## end what `make up` started
 	@[ ! -x $(PY) ] || $(PY) deployments/local.py down
 
-clean: down ## remove what was built and left behind
-	@rm -rf build $(VENV) exports .lab .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+clean: down ## remove what was built and left behind; other exports stay
+	@[ -x $(PY) ] || [ ! -d .lab ] || { echo "make setup first: something that make up started may run"; exit 1; }
+	@rm -rf build $(VENV) exports/demo .lab .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

@@ -10,6 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
+from tasks.errors import IntegrityMismatch
 from tasks.images import qemu
 from tasks.images.digests import Digests
 from tasks.images.files import part_of
@@ -61,6 +62,8 @@ def _verify(
     part: Path, image_format: DiskFormat, arrived: Arrival, meter: Meter, stop: threading.Event
 ) -> Literal["direct", "cached"]:
     with Digests.open(arrived.digests_part) as digests:
+        if digests.image_digest() != arrived.digest:
+            raise IntegrityMismatch(path=arrived.digests_part, where="the digests themselves changed on disk")
         return verify(part, format=image_format.value, digests=digests, progress=meter.add, stop=stop)
 
 

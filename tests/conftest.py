@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import hypothesis
 import pytest
 
 os.environ.update(
     PREFECT_LOGGING_TO_API_ENABLED="false",
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    PREFECT_HOME=tempfile.mkdtemp(prefix="hyper2kvm-prefect-"),
+    DO_NOT_TRACK="1",
 )
 for name in ("VCENTER_PASSWORD", "VCENTER_CA_FILE", "VCENTER_THUMBPRINT", "PREFECT_API_URL"):
     os.environ.pop(name, None)
+
+hypothesis.settings.register_profile("unhurried", deadline=None)  # no test fails for being slow
+hypothesis.settings.load_profile("unhurried")
 
 from tests.labs import BINARY, Lab, running_lab  # noqa: E402 - the environment first
 

@@ -19,7 +19,7 @@ from pyVmomi import vim, vmodl
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from tasks import tls
-from tasks.errors import ConnectionFailed
+from tasks.errors import AuthenticationFailed, ConnectionFailed, SessionExpired
 from tasks.models import Connection, VCenterInfo
 from tasks.vsphere.faults import CONNECTION_ERRORS, is_transient, translated
 
@@ -74,11 +74,17 @@ class Session:
             return result
 
     def renew(self, stale_cookie: str) -> str:
-        """Log in again unless another thread has done so since `stale_cookie`; return the cookie that holds now."""
+        """Log in again unless another thread has done so since `stale_cookie`; return the cookie that holds now.
+
+        Raises SessionExpired where the account is no longer let in.
+        """
         with self._renewing:
             if self.cookie == stale_cookie:
-                with translated(self.connection, "a new login"):
-                    self._login()
+                try:
+                    with translated(self.connection, "a new login"):
+                        self._login()
+                except AuthenticationFailed as error:  # it was the right password an hour ago
+                    raise SessionExpired(host=self.connection.address) from error
                 log.warning("session renewed host=%s", self.connection.address)
             return self.cookie
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import time
 
@@ -253,7 +254,7 @@ async def test_an_existing_snapshot_is_copied_from_and_left_alone(lab, tmp_path,
     vm = lab.vm("demo")
     govc("snapshot.create", "-vm", vm["path"], "theirs")
     try:
-        moref = json.loads(govc("snapshot.tree", "-vm", vm["path"], "-json"))[0]["snapshot"]["value"]
+        moref = re.search(r"\[(snapshot-\d+)\]", govc("snapshot.tree", "-i", "-vm", vm["path"]))[1]
         lab.post("/guest-write", vm=vm["moref"], disk=0, offset=0, length=65536, seed=99)
         with pytest.raises(errors.FenceClosed, match="runs on a snapshot already"):
             await export(lab, tmp_path, "demo")
