@@ -115,7 +115,7 @@ func (l *lab) adminGuestWrite(r *http.Request) (any, error) {
 	if err = d.guestWrite(q.Offset, data); err != nil {
 		return nil, err
 	}
-	return map[string]any{"written": q.Length, "file": d.backingName()}, m.refresh(l.ctx)
+	return map[string]any{"written": q.Length, "file": d.backingName()}, m.refresh(l.newContext())
 }
 
 func (l *lab) adminSHA256(r *http.Request) (any, error) {
@@ -162,7 +162,7 @@ func (l *lab) adminGuestLoad(r *http.Request) (any, error) {
 		stop.(func())()
 	}
 	if q.Stop {
-		return struct{}{}, m.refresh(l.ctx)
+		return struct{}{}, m.refresh(l.newContext())
 	}
 	if q.BytesPerS <= 0 || !d.hasBytes() {
 		return nil, fmt.Errorf("bytes_per_s must be above 0, and the disk hold bytes")

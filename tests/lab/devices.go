@@ -119,6 +119,8 @@ func (d *disk) device(i int) *types.VirtualDisk {
 
 // backing describes layer i and, as its parents, those below; a disk without an extent file as its kind.
 func (d *disk) backing(i int) types.BaseVirtualDeviceBackingInfo {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
 	if !d.hasBytes() {
 		return d.objectBacking()
 	}
@@ -157,6 +159,8 @@ func contentID(d *disk, l *layer) string { return fmt.Sprintf("%024x%08x", d.key
 
 // backingName is the datastore path in the live VM's backing.
 func (d *disk) backingName() string {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
 	if !d.hasBytes() {
 		return d.datastorePath(d.base + ".vmdk")
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 )
 
 const frozenDir = "frozen"
@@ -22,7 +23,7 @@ func (d *disk) keepFrozen(snapshot string, m *moment) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	layers := append([]*layer(nil), d.layers[:d.index(m.layer)+1]...)
+	layers := slices.Clone(d.layers[:d.index(m.layer)+1])
 	if m.side != nil {
 		layers = append(layers, m.side)
 	}

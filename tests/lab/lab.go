@@ -99,6 +99,12 @@ func (l *lab) build() error {
 	return l.buildInventory()
 }
 
+// newContext is for one piece of work of ours: contexts share the locks they hold.
+func (l *lab) newContext() *simulator.Context {
+	ctx := *l.ctx
+	return &ctx
+}
+
 // serve opens the vCenter's port.
 func (l *lab) serve() error {
 	// NewServer panics where it cannot listen: look first.

@@ -10,6 +10,8 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -210,7 +212,8 @@ func TestBackingsFollowTheSnapshot(t *testing.T) {
 		}
 	}
 	c.remove(ref)
-	if err = c.vc.RetrieveOne(context.Background(), ref, nil, &snap); !fault.Is(err, &types.ManagedObjectNotFound{}) {
+	err = c.vc.RetrieveOne(context.Background(), ref, nil, &snap)
+	if !fault.Is(err, &types.ManagedObjectNotFound{}) {
 		t.Errorf("the snapshot can still be read: %v", err)
 	}
 }
@@ -287,6 +290,42 @@ func TestMergeThatFailsLeavesConsolidationNeeded(t *testing.T) {
 	}
 	if after, _ := d.sha256(""); needed() || len(d.layers) != 1 || after != before {
 		t.Error("not consolidated, or changed by it")
+	}
+}
+
+func TestScenarioOptionsChangeWhatIsAnswered(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "scenario.json")
+	write := func(text string) []string {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return []string{"-scenario", file}
+	}
+	c := startLab(t, write(`{"locks": "strict"}`)...)
+	if _, err := c.snapshot(false); err != nil {
+		t.Fatal(err)
+	}
+	c.wantStatus(http.StatusInternalServerError, "demo-flat.vmdk", "", true)
+
+	c = startLab(t, write(`{"locks": "off", "host_ignores_range": true, "free_licence": true}`)...)
+	if body := c.wantStatus(http.StatusOK, "demo-flat.vmdk", "bytes=0-511", true); len(body) != 2<<20 {
+		t.Errorf("%d bytes", len(body))
+	}
+	if _, err := c.snapshot(false); !fault.Is(err, &types.RestrictedVersion{}) {
+		t.Errorf("a free licence lets a snapshot be made: %v", err)
+	}
+
+	c = startLab(t, write(`{"datacenters": [{"name": "DC", "standalone_hosts": ["h"],
+		"vms": [{"name": "a%2fb", "folder": "x%25", "quiesce": "fail"}], "filler": {"count": 1500}}]}`)...)
+	if _, err := c.snapshot(true); !fault.Is(err, &types.ApplicationQuiesceFault{}) {
+		t.Errorf("quiescing did not fail: %v", err)
+	}
+	ref, err := object.NewSearchIndex(c.vc.Client).FindByInventoryPath(context.Background(), "/DC/vm/x%25/a%2fb")
+	if err != nil || ref == nil || ref.Reference() != c.vm.Reference() {
+		t.Errorf("not found by its stored name: %v %v", ref, err)
+	}
+	if r := c.lab.ready(); r.VMs != nil || c.lab.vmCount() != 1501 {
+		t.Errorf("%d VMs listed of %d", len(r.VMs), c.lab.vmCount())
 	}
 }
 

@@ -34,7 +34,9 @@ func (m *machine) updateLayout(ctx *simulator.Context) error {
 	for _, d := range m.disks {
 		if d.hasBytes() {
 			ex.Disk = append(ex.Disk, m.diskLayout(d, len(d.layers)-1))
-			plain.Disk = append(plain.Disk, types.VirtualMachineFileLayoutDiskLayout{Key: d.key, DiskFile: d.chainNames()})
+			plain.Disk = append(plain.Disk, types.VirtualMachineFileLayoutDiskLayout{
+				Key: d.key, DiskFile: d.chainNames(),
+			})
 		}
 	}
 	m.snapshotLayouts(plain, ex)
@@ -159,7 +161,7 @@ func (m *machine) snapshotLayouts(plain *types.VirtualMachineFileLayout, ex *typ
 	}
 }
 
-// updateStorage sums the files up by datastore: committed is what the files take, uncommitted what thin disks may still.
+// updateStorage sums the files up by datastore.
 func (m *machine) updateStorage(ctx *simulator.Context) {
 	usage := map[string]*types.VirtualMachineUsageOnDatastore{}
 	storage := &types.VirtualMachineStorageInfo{Timestamp: time.Now()}

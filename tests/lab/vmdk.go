@@ -42,7 +42,8 @@ func (d *disk) writeDeltaDescriptor(l, parent *layer) error {
 	var b strings.Builder
 	descriptorHead(&b, l.cid, parent.cid, kind)
 	fmt.Fprintf(&b, "parentFileNameHint=\"%s\"\n", parent.descriptor)
-	fmt.Fprintf(&b, "\n# Extent description\nRW %d %s \"%s\"\n", d.capacity/sectorSize, strings.ToUpper(kind), l.extentName)
+	fmt.Fprintf(&b, "\n# Extent description\nRW %d %s \"%s\"\n",
+		d.capacity/sectorSize, strings.ToUpper(kind), l.extentName)
 	b.WriteString("\n# The Disk Data Base\n#DDB\n\n")
 	return d.writeText(&b, l)
 }

@@ -8,6 +8,7 @@ package main
 import (
 	"math/rand/v2"
 	"os"
+	"slices"
 
 	"github.com/vmware/govmomi/vim25/types"
 )
@@ -51,11 +52,17 @@ func (d *disk) dropSide(m *moment) error {
 
 // momentBacking is the backing that a standing snapshot's config shows, at being the layer it froze.
 func (d *disk) momentBacking(ref string, at int) types.BaseVirtualDeviceBackingInfo {
-	d.mu.RLock()
-	m := d.moments[ref]
-	d.mu.RUnlock()
+	m := d.momentAt(ref)
 	if m == nil || m.side == nil {
 		return d.backing(at)
 	}
-	return d.chainBacking(append(append([]*layer(nil), d.layers[:at+1]...), m.side))
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	return d.chainBacking(append(slices.Clone(d.layers[:at+1]), m.side))
+}
+
+func (d *disk) momentAt(ref string) *moment {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	return d.moments[ref]
 }
