@@ -220,11 +220,13 @@ func newFault(name string, detail json.RawMessage) (types.BaseMethodFault, error
 	return fault, nil
 }
 
-// fillReferences gives references that a fault must carry a value: clients choke on an empty type.
+// fillReferences gives references and states that a fault must carry a value: clients choke on empty ones.
 func fillReferences(v reflect.Value) {
 	for i := range v.NumField() {
 		field := v.Field(i)
-		if ref, ok := field.Interface().(types.ManagedObjectReference); ok && ref.Type == "" {
+		if state, ok := field.Interface().(types.VirtualMachinePowerState); ok && state == "" {
+			field.Set(reflect.ValueOf(types.VirtualMachinePowerStatePoweredOn))
+		} else if ref, ok := field.Interface().(types.ManagedObjectReference); ok && ref.Type == "" {
 			ref = types.ManagedObjectReference{Type: "VirtualMachine", Value: "vm-0"}
 			if v.Type().Field(i).Name == "Task" {
 				ref = types.ManagedObjectReference{Type: "Task", Value: "task-0"}

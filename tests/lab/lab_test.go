@@ -341,7 +341,8 @@ func TestLoneHost(t *testing.T) {
 }
 
 func TestArrayMembersAreTyped(t *testing.T) {
-	in := `<val xsi:type="ArrayOfManagedObjectReference"><ManagedObjectReference type="Folder">a</ManagedObjectReference>` +
+	in := `<val xsi:type="ArrayOfManagedObjectReference">` +
+		`<ManagedObjectReference type="Folder">a</ManagedObjectReference>` +
 		`</val><val xsi:type="ArrayOfString"><string>x</string></val>` +
 		`<val xsi:type="ArrayOfOptionValue"><OptionValue xsi:type="OptionValue"><key>k</key></OptionValue></val>` +
 		`<propSet><name>gone</name></propSet>`
