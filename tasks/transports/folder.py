@@ -36,7 +36,7 @@ from tasks.errors import (
     SessionExpired,
     UnsupportedDisk,
 )
-from tasks.models import SECTOR_BYTES, Connection, Extent, Value
+from tasks.models import SECTOR_BYTES, Connection, Extent, Value, VirtualDisk, VirtualMachine
 from tasks.reader import TransientFault
 
 TIMEOUT_S = 10.0  # of connecting, of a read and of a write: longer than a stun of the VM, shorter than patience
@@ -67,6 +67,16 @@ class FolderDisk(Value):
     datacenter_path: str
     datastore_path: str
     capacity_bytes: int
+
+    @classmethod
+    def of(cls, disk: VirtualDisk, *, vm: VirtualMachine, connection: Connection) -> Self:
+        """Return where the bytes of a disk of `vm` lie."""
+        return cls(
+            connection=connection,
+            datacenter_path=vm.datacenter_path,
+            datastore_path=disk.datastore_path,
+            capacity_bytes=disk.capacity_bytes,
+        )
 
     def flat_url(self) -> httpx.URL:
         """Return the URL of `x-flat.vmdk`, every name quoted once. Raises UnsupportedDisk for another path."""
