@@ -12,6 +12,8 @@
 //	                                       detail: fields of the fault, named as in the vSphere API
 //	{"delay_method": {"method": "RemoveSnapshot_Task", "seconds": 3, "count": 1}}
 //	                                       the next such calls are answered that much later
+//	{"task_takes": {"method": "RemoveSnapshot_Task", "seconds": 5, "count": 1}}
+//	                                       the next such task (of taskMethods) runs that long before it does its work
 //	{"merge_fails": 1}                     the next snapshot removal leaves its deltas: consolidationNeeded
 //	{"refuse_privilege": "Datastore.Browse"}   calls that need it answer NoPermission, /folder 403; see privileges
 //	{"clear": true}                        ends all of these first
@@ -41,6 +43,7 @@ type faultRequest struct {
 	Throttle        *int64       `json:"throttle_bytes_per_s"`
 	FailMethod      *failMethod  `json:"fail_method"`
 	DelayMethod     *delayMethod `json:"delay_method"`
+	TaskTakes       *delayMethod `json:"task_takes"`
 	RefusePrivilege string       `json:"refuse_privilege"`
 }
 
@@ -127,7 +130,8 @@ type faults struct {
 	stallS     float64
 	throttle   int64
 	merge      countdown
-	delays     []*delay
+	delays     []*delay // of calls
+	lengths    []*delay // of tasks
 	refused    map[string]bool
 	taskFaults []*taskFault
 }
@@ -160,10 +164,8 @@ func (f *faults) set(r faultRequest) error {
 	if r.Throttle != nil {
 		f.throttle = *r.Throttle
 	}
-	if d := r.DelayMethod; d != nil {
-		length := time.Duration(d.Seconds * float64(time.Second))
-		f.delays = append(f.delays, &delay{newCountdown(d.Count), d.Method, length})
-	}
+	f.delays = appendDelay(f.delays, r.DelayMethod)
+	f.lengths = appendDelay(f.lengths, r.TaskTakes)
 	if r.RefusePrivilege != "" {
 		f.refused[r.RefusePrivilege] = true
 	}
@@ -180,7 +182,8 @@ func (f *faults) set(r faultRequest) error {
 func (f *faults) clear() {
 	f.noLogin, f.throttle = false, 0
 	f.folder503, f.cut, f.stall, f.merge = countdown{}, countdown{}, countdown{}, countdown{}
-	f.refused, f.taskFaults, f.delays = map[string]bool{}, nil, nil
+	f.refused, f.taskFaults = map[string]bool{}, nil
+	f.delays, f.lengths = nil, nil
 	f.lab.model.Service.ClearFaultRules()
 }
 
@@ -188,6 +191,9 @@ func (f *faults) clear() {
 func (f *faults) check(r faultRequest) (types.BaseMethodFault, error) {
 	if _, known := privileges[r.RefusePrivilege]; !known && r.RefusePrivilege != "" {
 		return nil, fmt.Errorf("refuse_privilege: no privilege %q here", r.RefusePrivilege)
+	}
+	if r.TaskTakes != nil && !slices.Contains(taskMethods, r.TaskTakes.Method) {
+		return nil, fmt.Errorf("task_takes: is for %v", taskMethods)
 	}
 	if r.FailMethod == nil {
 		return nil, nil
@@ -262,20 +268,31 @@ func (f *faults) takeTaskFault(method string) types.BaseMethodFault {
 	return nil
 }
 
-// wait holds a call back for as long as is asked for its method.
-func (f *faults) wait(method string) {
+func appendDelay(delays []*delay, r *delayMethod) []*delay {
+	if r == nil {
+		return delays
+	}
+	length := time.Duration(r.Seconds * float64(time.Second))
+	return append(delays, &delay{newCountdown(r.Count), r.Method, length})
+}
+
+// takeDelay is how long the method is to be held up: its call, or its task.
+func (f *faults) takeDelay(delays *[]*delay, method string) time.Duration {
 	f.mu.Lock()
-	var length time.Duration
-	for _, d := range f.delays {
+	defer f.mu.Unlock()
+	for _, d := range *delays {
 		if d.method == method && d.take() {
-			length = d.length
-			break
+			return d.length
 		}
 	}
-	f.mu.Unlock()
+	return 0
+}
+
+// sleep waits, unless the lab ends.
+func (l *lab) sleep(length time.Duration) {
 	select {
 	case <-time.After(length):
-	case <-f.lab.stopped:
+	case <-l.stopped:
 	}
 }
 

@@ -258,6 +258,32 @@ func TestFaultsReachTheCaller(t *testing.T) {
 	}
 }
 
+func TestTwoRemovalsOfOneSnapshotAtOnce(t *testing.T) {
+	c := startLab(t)
+	ref, err := c.snapshot(false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.admin("/faults", `{"task_takes": {"method": "RemoveSnapshot_Task", "seconds": 0.2, "count": 2}}`)
+	var errs []error
+	var tasks []*object.Task
+	for range 2 {
+		task, err := c.vm.RemoveSnapshot(context.Background(), ref.Value, false, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tasks = append(tasks, task)
+	}
+	for _, task := range tasks {
+		if err := task.Wait(context.Background()); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	if len(errs) != 1 || !fault.Is(errs[0], &types.ManagedObjectNotFound{}) {
+		t.Errorf("the second removal ends in %v", errs)
+	}
+}
+
 func TestMergeThatFailsLeavesConsolidationNeeded(t *testing.T) {
 	c := startLab(t)
 	ref, err := c.snapshot(false)

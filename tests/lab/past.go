@@ -86,16 +86,15 @@ func (m *machine) setConsolidationNeeded(ctx *simulator.Context, needed bool) {
 
 // ConsolidateVMDisksTask merges every delta above a layer that no snapshot holds.
 func (m *machine) ConsolidateVMDisksTask(ctx *simulator.Context, _ *types.ConsolidateVMDisks_Task) soap.HasFault {
-	ref := m.runTask(ctx, "ConsolidateVMDisks_Task", "consolidateDisks",
-		func(*simulator.Task) (types.AnyType, types.BaseMethodFault) {
-			for _, d := range m.disks {
-				if err := d.consolidateAll(); err != nil {
-					return nil, fileFault(d, err)
-				}
+	ref := m.runTask(ctx, "ConsolidateVMDisks_Task", func(*simulator.Task) (types.AnyType, types.BaseMethodFault) {
+		for _, d := range m.disks {
+			if err := d.consolidateAll(); err != nil {
+				return nil, fileFault(d, err)
 			}
-			m.setConsolidationNeeded(ctx, false)
-			return nil, m.afterChange(ctx)
-		})
+		}
+		m.setConsolidationNeeded(ctx, false)
+		return nil, m.afterChange(ctx)
+	})
 	return &methods.ConsolidateVMDisks_TaskBody{Res: &types.ConsolidateVMDisks_TaskResponse{Returnval: ref}}
 }
 

@@ -15,47 +15,21 @@ type snapshot struct {
 	m *machine
 }
 
-type taskBody func(t *simulator.Task) (types.AnyType, types.BaseMethodFault)
-
-// runTask starts body as a task on the VM, unless a fault is set to fail the next task of this method.
-func (m *machine) runTask(ctx *simulator.Context, method, name string, body taskBody) types.ManagedObjectReference {
-	fault := m.lab.faults.takeTaskFault(method)
-	task := simulator.CreateTask(m.VirtualMachine, name, func(t *simulator.Task) (types.AnyType, types.BaseMethodFault) {
-		if fault != nil {
-			return nil, fault
-		}
-		return body(t)
-	})
-	return task.Run(ctx)
-}
-
-// inner runs one of the simulator's own tasks to its end, under the lock the outer task holds.
-func inner(ctx *simulator.Context, ref types.ManagedObjectReference) (types.AnyType, types.BaseMethodFault) {
-	task := ctx.Map.Get(ref).(*simulator.Task)
-	task.Wait()
-	if task.Info.Error != nil {
-		return nil, task.Info.Error.Fault
-	}
-	return task.Info.Result, nil
-}
-
 func (m *machine) CreateSnapshotTask(ctx *simulator.Context, req *types.CreateSnapshot_Task) soap.HasFault {
-	ref := m.runTask(ctx, "CreateSnapshot_Task", "createSnapshot",
-		func(*simulator.Task) (types.AnyType, types.BaseMethodFault) {
-			return m.createSnapshot(ctx, req.Quiesce, func() types.ManagedObjectReference {
-				return m.VirtualMachine.CreateSnapshotTask(ctx, req).(*methods.CreateSnapshot_TaskBody).Res.Returnval
-			})
+	ref := m.runTask(ctx, "CreateSnapshot_Task", func(*simulator.Task) (types.AnyType, types.BaseMethodFault) {
+		return m.createSnapshot(ctx, req.Quiesce, func() types.ManagedObjectReference {
+			return m.VirtualMachine.CreateSnapshotTask(ctx, req).(*methods.CreateSnapshot_TaskBody).Res.Returnval
 		})
+	})
 	return &methods.CreateSnapshot_TaskBody{Res: &types.CreateSnapshot_TaskResponse{Returnval: ref}}
 }
 
 func (m *machine) CreateSnapshotExTask(ctx *simulator.Context, req *types.CreateSnapshotEx_Task) soap.HasFault {
-	ref := m.runTask(ctx, "CreateSnapshotEx_Task", "createSnapshotEx",
-		func(*simulator.Task) (types.AnyType, types.BaseMethodFault) {
-			return m.createSnapshot(ctx, req.QuiesceSpec != nil, func() types.ManagedObjectReference {
-				return m.VirtualMachine.CreateSnapshotExTask(ctx, req).(*methods.CreateSnapshotEx_TaskBody).Res.Returnval
-			})
+	ref := m.runTask(ctx, "CreateSnapshotEx_Task", func(*simulator.Task) (types.AnyType, types.BaseMethodFault) {
+		return m.createSnapshot(ctx, req.QuiesceSpec != nil, func() types.ManagedObjectReference {
+			return m.VirtualMachine.CreateSnapshotExTask(ctx, req).(*methods.CreateSnapshotEx_TaskBody).Res.Returnval
 		})
+	})
 	return &methods.CreateSnapshotEx_TaskBody{Res: &types.CreateSnapshotEx_TaskResponse{Returnval: ref}}
 }
 
@@ -96,28 +70,29 @@ func (m *machine) noteDataFile(ref types.ManagedObjectReference) {
 
 func (s *snapshot) RemoveSnapshotTask(ctx *simulator.Context, req *types.RemoveSnapshot_Task) soap.HasFault {
 	m := s.m
-	ref := m.runTask(ctx, "RemoveSnapshot_Task", "removeSnapshot",
-		func(*simulator.Task) (types.AnyType, types.BaseMethodFault) {
-			gone := []types.ManagedObjectReference{s.Self}
-			if req.RemoveChildren {
-				gone = append(gone, m.descendants(s.Self)...)
-			}
-			res := s.VirtualMachineSnapshot.RemoveSnapshotTask(ctx, req).(*methods.RemoveSnapshot_TaskBody).Res
-			return m.removeSnapshots(ctx, gone, res.Returnval, req.Consolidate == nil || *req.Consolidate)
-		})
+	ref := m.runTask(ctx, "RemoveSnapshot_Task", func(*simulator.Task) (types.AnyType, types.BaseMethodFault) {
+		if ctx.Map.Get(s.Self) == nil { // somebody was quicker
+			return nil, &types.ManagedObjectNotFound{Obj: s.Self}
+		}
+		gone := []types.ManagedObjectReference{s.Self}
+		if req.RemoveChildren {
+			gone = append(gone, m.descendants(s.Self)...)
+		}
+		res := s.VirtualMachineSnapshot.RemoveSnapshotTask(ctx, req).(*methods.RemoveSnapshot_TaskBody).Res
+		return m.removeSnapshots(ctx, gone, res.Returnval, req.Consolidate == nil || *req.Consolidate)
+	})
 	return &methods.RemoveSnapshot_TaskBody{Res: &types.RemoveSnapshot_TaskResponse{Returnval: ref}}
 }
 
 func (m *machine) RemoveAllSnapshotsTask(ctx *simulator.Context, req *types.RemoveAllSnapshots_Task) soap.HasFault {
-	ref := m.runTask(ctx, "RemoveAllSnapshots_Task", "removeAllSnapshots",
-		func(*simulator.Task) (types.AnyType, types.BaseMethodFault) {
-			var gone []types.ManagedObjectReference
-			if m.Snapshot != nil {
-				gone = treeRefs(m.Snapshot.RootSnapshotList)
-			}
-			res := m.VirtualMachine.RemoveAllSnapshotsTask(ctx, req).(*methods.RemoveAllSnapshots_TaskBody).Res
-			return m.removeSnapshots(ctx, gone, res.Returnval, req.Consolidate == nil || *req.Consolidate)
-		})
+	ref := m.runTask(ctx, "RemoveAllSnapshots_Task", func(*simulator.Task) (types.AnyType, types.BaseMethodFault) {
+		var gone []types.ManagedObjectReference
+		if m.Snapshot != nil {
+			gone = treeRefs(m.Snapshot.RootSnapshotList)
+		}
+		res := m.VirtualMachine.RemoveAllSnapshotsTask(ctx, req).(*methods.RemoveAllSnapshots_TaskBody).Res
+		return m.removeSnapshots(ctx, gone, res.Returnval, req.Consolidate == nil || *req.Consolidate)
+	})
 	return &methods.RemoveAllSnapshots_TaskBody{Res: &types.RemoveAllSnapshots_TaskResponse{Returnval: ref}}
 }
 
@@ -251,14 +226,13 @@ func (m *machine) RevertToCurrentSnapshotTask(
 
 // ReconfigVMTask lets the simulator reconfigure, then puts right what it makes of the disks' files.
 func (m *machine) ReconfigVMTask(ctx *simulator.Context, req *types.ReconfigVM_Task) soap.HasFault {
-	ref := m.runTask(ctx, "ReconfigVM_Task", "reconfigVm",
-		func(*simulator.Task) (types.AnyType, types.BaseMethodFault) {
-			res := m.VirtualMachine.ReconfigVMTask(ctx, req).(*methods.ReconfigVM_TaskBody).Res
-			if _, fault := inner(ctx, res.Returnval); fault != nil {
-				return nil, fault
-			}
-			return nil, m.afterChange(ctx)
-		})
+	ref := m.runTask(ctx, "ReconfigVM_Task", func(*simulator.Task) (types.AnyType, types.BaseMethodFault) {
+		res := m.VirtualMachine.ReconfigVMTask(ctx, req).(*methods.ReconfigVM_TaskBody).Res
+		if _, fault := inner(ctx, res.Returnval); fault != nil {
+			return nil, fault
+		}
+		return nil, m.afterChange(ctx)
+	})
 	return &methods.ReconfigVM_TaskBody{Res: &types.ReconfigVM_TaskResponse{Returnval: ref}}
 }
 

@@ -29,7 +29,9 @@ func (l *lab) handle(ctx *simulator.Context, method *simulator.Method) (mo.Refer
 		return nil, nil
 	}
 	l.stats.soap(method.Name)
-	l.faults.wait(method.Name)
+	if length := l.faults.takeDelay(&l.faults.delays, method.Name); length > 0 {
+		l.sleep(length)
+	}
 	if fault := l.faults.onCall(method); fault != nil {
 		return nil, fault
 	}
