@@ -3,8 +3,8 @@
 //	{"expire_sessions": true}              every live session is dead at once; a new login works
 //	{"expire_forever": true}               that, and every later login answers InvalidLogin
 //	{"folder_503": 3}                      the next 3 /folder replies are 503
-//	{"cut_after": 65536, "count": 2}       the next 2 GET replies with disk data end after so many bytes of body
-//	{"stall_s": 5, "count": 1}             the next GET reply with disk data hangs that long in mid-body
+//	{"cut_after": 65536, "count": 2}       the next 2 GET replies with more disk data than that are cut there
+//	{"stall_s": 5, "count": 1}             the next GET reply with more than 4096 bytes of disk data hangs after these
 //	{"throttle_bytes_per_s": 1048576}      each body with disk data is served at that pace; 0 ends it
 //	{"fail_method": {"method": "CreateSnapshot_Task", "fault": "InsufficientResourcesFault", "count": 1,
 //	                 "in_task": true, "message": "…", "detail": {…}}}
@@ -22,6 +22,7 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"net/http"
 	"reflect"
 	"slices"
 	"sync"
@@ -326,30 +327,39 @@ func (l *lab) guarded(method *simulator.Method) *types.ManagedObjectReference {
 	return &method.This
 }
 
-// folderPlan is what one /folder reply has to suffer.
-type folderPlan struct {
-	unavailable, forbidden bool
-	cutAfter               int64 // -1: not cut
-	stallS                 float64
-	throttle               int64
-}
-
-// onFolder draws the plan for a reply; data says whether it is a GET of disk data.
-func (f *faults) onFolder(data bool) folderPlan {
+// onFolder is the status with which a /folder request is refused, 0 for none.
+func (f *faults) onFolder() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	plan := folderPlan{cutAfter: -1}
 	for _, p := range folderPrivileges {
-		plan.forbidden = plan.forbidden || f.refused[p]
+		if f.refused[p] {
+			return http.StatusForbidden
+		}
 	}
-	if plan.unavailable = f.folder503.take(); plan.unavailable || plan.forbidden || !data {
-		return plan
+	if f.folder503.take() {
+		return http.StatusServiceUnavailable
 	}
-	plan.throttle = f.throttle
-	if f.cut.take() {
+	return 0
+}
+
+// bodyPlan is what a body with disk data has to suffer.
+type bodyPlan struct {
+	cutAfter int64 // -1: not cut
+	stallS   float64
+	throttle int64
+}
+
+const stallAfter = 4096 // bytes of body before a stall; shorter bodies are not stalled
+
+// onBody draws the plan for a body of that length. One too short to be cut or stalled uses neither up.
+func (f *faults) onBody(length int64) bodyPlan {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	plan := bodyPlan{cutAfter: -1, throttle: f.throttle}
+	if f.cutAfter < length && f.cut.take() {
 		plan.cutAfter = f.cutAfter
 	}
-	if f.stall.take() {
+	if stallAfter < length && f.stall.take() {
 		plan.stallS = f.stallS
 	}
 	return plan

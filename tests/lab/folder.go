@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -72,7 +73,7 @@ func (l *lab) basicLogin(w http.ResponseWriter, user, password string, next http
 }
 
 func (l *lab) serveFolder(w http.ResponseWriter, r *http.Request, next http.Handler) {
-	meter := &meter{ResponseWriter: w, plan: folderPlan{cutAfter: -1}, lab: l, request: r}
+	meter := &meter{ResponseWriter: w, plan: bodyPlan{cutAfter: -1}, lab: l, request: r}
 	defer func() { l.stats.http(r.URL.Path, meter.sent) }()
 	if !l.authorised(meter, r, next) {
 		w.Header().Set("WWW-Authenticate", `Basic realm="VMware HTTP server"`)
@@ -83,12 +84,10 @@ func (l *lab) serveFolder(w http.ResponseWriter, r *http.Request, next http.Hand
 	owner, locked := l.holder(file)
 	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
 	meter.disk = isExtent(file) && r.Method == http.MethodGet
-	plan := l.faults.onFolder(meter.disk && status == http.StatusOK && !locked)
+	refused := l.faults.onFolder()
 	switch {
-	case plan.unavailable:
-		http.Error(meter, "503 Service Unavailable", http.StatusServiceUnavailable)
-	case plan.forbidden:
-		http.Error(meter, "403 Forbidden", http.StatusForbidden)
+	case refused != 0:
+		http.Error(meter, http.StatusText(refused), refused)
 	case status == http.StatusBadRequest:
 		http.Error(meter, "400 Bad Request", status)
 	case !reads:
@@ -98,7 +97,6 @@ func (l *lab) serveFolder(w http.ResponseWriter, r *http.Request, next http.Hand
 	case locked:
 		meter.WriteHeader(http.StatusInternalServerError) // bare, as a host answers
 	default:
-		meter.plan = plan
 		l.sendFile(meter, r, file, owner)
 	}
 }
@@ -170,7 +168,7 @@ type meter struct {
 	http.ResponseWriter
 	lab     *lab
 	request *http.Request
-	plan    folderPlan
+	plan    bodyPlan
 	disk    bool // a GET of disk data
 	sent    int64
 	status  int
@@ -201,6 +199,10 @@ func (m *meter) ReadFrom(r io.Reader) (n int64, err error) {
 
 func (m *meter) WriteHeader(status int) {
 	m.status = status
+	if m.carriesDisk() {
+		length, _ := strconv.ParseInt(m.Header().Get("Content-Length"), 10, 64)
+		m.plan = m.lab.faults.onBody(length)
+	}
 	m.ResponseWriter.WriteHeader(status)
 }
 
@@ -214,7 +216,7 @@ func (m *meter) Write(p []byte) (n int, err error) {
 			part = part[:min(int64(len(part)), m.plan.cutAfter-m.sent)]
 		}
 		if m.plan.stallS > 0 && !m.stalled {
-			part = part[:min(len(part), 4096)]
+			part = part[:min(len(part), stallAfter)]
 		}
 		k, err := m.ResponseWriter.Write(part)
 		m.count(int64(k))
@@ -227,9 +229,13 @@ func (m *meter) Write(p []byte) (n int, err error) {
 	return n, nil
 }
 
+func (m *meter) carriesDisk() bool {
+	return m.disk && (m.status == http.StatusOK || m.status == http.StatusPartialContent)
+}
+
 func (m *meter) count(n int64) {
 	m.sent += n
-	if m.disk && (m.status == http.StatusOK || m.status == http.StatusPartialContent) {
+	if m.carriesDisk() {
 		m.lab.stats.diskBytes(n)
 	}
 }
