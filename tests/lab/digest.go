@@ -11,17 +11,42 @@ import (
 func (d *disk) sha256(snapshot string) (string, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	c, known, err := d.contentOf(snapshot)
+	if err != nil || *known != "" {
+		return *known, err
+	}
+	*known, err = hash(c, 0, d.capacity)
+	return *known, err
+}
+
+// sha256Range is the digest of a part, for disks too large to be read whole.
+func (d *disk) sha256Range(snapshot string, off, length int64) (string, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	c, _, err := d.contentOf(snapshot)
+	if err != nil {
+		return "", err
+	}
+	if off < 0 || length < 0 || length > d.capacity-off {
+		return "", fmt.Errorf("offset %d, length %d: beyond the disk's %d bytes", off, length, d.capacity)
+	}
+	return hash(c, off, length)
+}
+
+// contentOf is the content now, or as of a snapshot, and where its digest is remembered.
+func (d *disk) contentOf(snapshot string) (content, *string, error) {
+	none := ""
 	if !d.hasBytes() {
-		return "", fmt.Errorf("disk %d holds no bytes in the lab", d.key)
+		return content{}, &none, fmt.Errorf("disk %d holds no bytes in the lab", d.key)
 	}
 	if snapshot == "" {
-		return d.hashInto(&d.digest, d.at(len(d.layers)-1, -1))
+		return d.at(len(d.layers)-1, -1), &d.digest, nil
 	}
 	m := d.moments[snapshot]
 	if m == nil {
-		return "", fmt.Errorf("disk %d has no snapshot %q", d.key, snapshot)
+		return content{}, &none, fmt.Errorf("disk %d has no snapshot %q", d.key, snapshot)
 	}
-	return d.hashInto(&m.digest, d.of(m))
+	return d.of(m), &m.digest, nil
 }
 
 func (m *moment) viewIndex() int {
@@ -60,26 +85,36 @@ func (d *disk) of(m *moment) content {
 	}
 }
 
-// hashInto computes and remembers a digest.
-func (d *disk) hashInto(known *string, c content) (string, error) {
-	if *known != "" {
-		return *known, nil
-	}
+// hash reads [off, off+length) of c, of which any part may begin within a sector.
+func hash(c content, off, length int64) (string, error) {
 	const chunk = 1 << 20
 	h, buf, zeros := sha256.New(), make([]byte, chunk), make([]byte, chunk)
-	for off := int64(0); off < d.capacity; off += chunk {
-		part := buf[:min(chunk, d.capacity-off)]
+	for end := off + length; off < end; {
+		part := buf[:min(chunk-off%chunk, end-off)]
 		if c.hole(off, int64(len(part))) {
 			h.Write(zeros[:len(part)])
-			continue
-		}
-		if err := c.read(part, off); err != nil {
+		} else if err := readBytes(c.read, part, off); err != nil {
 			return "", err
+		} else {
+			h.Write(part)
 		}
-		h.Write(part)
+		off += int64(len(part))
 	}
-	*known = hex.EncodeToString(h.Sum(nil))
-	return *known, nil
+	return hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// readBytes reads any bytes through a function that reads whole sectors.
+func readBytes(read readFunc, p []byte, off int64) error {
+	head := off % sectorSize
+	if head == 0 && len(p)%sectorSize == 0 {
+		return read(p, off)
+	}
+	whole := make([]byte, (head+int64(len(p))+sectorSize-1)/sectorSize*sectorSize)
+	if err := read(whole, off-head); err != nil {
+		return err
+	}
+	copy(p, whole[head:])
+	return nil
 }
 
 // storedIn gives a test whether x stores any of a range; it must be asked in rising order of offsets.

@@ -138,6 +138,9 @@ func TestQemuReadsChainsAndFrozenCopies(t *testing.T) {
 	if got := qemuReads(t, d.path(d.top().descriptor)); got != digest(d.model) {
 		t.Error("the live chain is read differently")
 	}
+	if got, err := d.sha256Range("", 70001, 1_500_000); err != nil || got != digest(d.model[70001:1_570_001]) {
+		t.Error("the digest of a part is another", err)
+	}
 	if got := qemuReads(t, filepath.Join(d.lab.state.path, frozenDir, "plain", "x.vmdk")); got != before {
 		t.Error("the frozen copy is read differently")
 	}

@@ -89,7 +89,7 @@ func (l *lab) build() error {
 		return err
 	}
 	l.ctx = l.model.Service.Context
-	l.ctx.Map.AddHandler(&powerWatch{lab: l})
+	l.ctx.Map.AddHandler(&watch{lab: l})
 	l.ctx.Map.Handler = l.learnInternalSession
 	var err error
 	if l.client, err = vim25.NewClient(context.Background(), l.model.Service); err != nil {

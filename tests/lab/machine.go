@@ -233,27 +233,3 @@ func (m *machine) hostName() string {
 	}
 	return ""
 }
-
-// powerWatch hears of every power change in the registry.
-type powerWatch struct{ lab *lab }
-
-func (w *powerWatch) Reference() types.ManagedObjectReference {
-	return types.ManagedObjectReference{Type: "LabPowerWatch", Value: "power-watch"}
-}
-
-func (w *powerWatch) PutObject(*simulator.Context, mo.Reference) {}
-
-func (w *powerWatch) RemoveObject(*simulator.Context, types.ManagedObjectReference) {}
-
-func (w *powerWatch) UpdateObject(_ *simulator.Context, obj mo.Reference, changes []types.PropertyChange) {
-	vm, ok := obj.(*mo.VirtualMachine)
-	if !ok {
-		return
-	}
-	m := w.lab.machines[vm.Self]
-	for _, c := range changes {
-		if m != nil && c.Name == "runtime.powerState" {
-			m.on.Store(c.Val == types.VirtualMachinePowerStatePoweredOn)
-		}
-	}
-}

@@ -4,7 +4,6 @@ package main
 import (
 	"github.com/vmware/govmomi/simulator"
 	"github.com/vmware/govmomi/vim25/methods"
-	"github.com/vmware/govmomi/vim25/mo"
 	"github.com/vmware/govmomi/vim25/soap"
 	"github.com/vmware/govmomi/vim25/types"
 )
@@ -113,7 +112,6 @@ func (m *machine) removeSnapshots(
 				return nil, fileFault(d, err)
 			}
 		}
-		m.lab.dropWrapper(ctx, gone[i])
 		ctx.Map.Remove(ctx, gone[i])
 	}
 	return nil, m.afterChange(ctx)
@@ -251,21 +249,4 @@ func fileFault(d *disk, err error) types.BaseMethodFault {
 	fault := &types.FileFault{File: d.backingName()}
 	fault.FaultMessage = []types.LocalizableMessage{{Key: "lab", Message: err.Error()}}
 	return fault
-}
-
-// wrapper is what the session sees in place of ref: our overrides, or nil.
-func (l *lab) wrapper(ref types.ManagedObjectReference) mo.Reference {
-	switch ref.Type {
-	case "VirtualMachine":
-		if m := l.machines[ref]; m != nil {
-			return m
-		}
-	case "VirtualMachineSnapshot":
-		if s, ok := l.ctx.Map.Get(ref).(*simulator.VirtualMachineSnapshot); ok {
-			if m := l.machines[s.Vm]; m != nil {
-				return &snapshot{VirtualMachineSnapshot: s, m: m}
-			}
-		}
-	}
-	return nil
 }

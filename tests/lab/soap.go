@@ -75,33 +75,6 @@ func completeRequest(method *simulator.Method) {
 	}
 }
 
-func (l *lab) putWrapper(ctx *simulator.Context, ref types.ManagedObjectReference) {
-	l.wrapperMu.Lock()
-	defer l.wrapperMu.Unlock()
-	registry := ctx.Session.Registry
-	if ref == l.model.ServiceContent.PropertyCollector {
-		putPager(ctx, ref)
-		return
-	}
-	if registry.Get(ref) != nil {
-		return
-	}
-	if w := l.wrapper(ref); w != nil {
-		registry.Put(w)
-		l.wrappers[ref] = append(l.wrappers[ref], registry)
-	}
-}
-
-// dropWrapper makes sessions forget an object that is gone.
-func (l *lab) dropWrapper(ctx *simulator.Context, ref types.ManagedObjectReference) {
-	l.wrapperMu.Lock()
-	defer l.wrapperMu.Unlock()
-	for _, registry := range l.wrappers[ref] {
-		registry.Remove(ctx, ref)
-	}
-	delete(l.wrappers, ref)
-}
-
 // front is the HTTP handler before the simulator's.
 func (l *lab) front(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
