@@ -198,8 +198,6 @@ class Arrival(Value):
     """One disk as it arrived: a raw part and its digests, not yet verified, not yet under a final name."""
 
     disk: VirtualDisk
-    raw_part: Path
-    digests_part: Path
     digest: str
     bytes_transferred: int
     road: str

@@ -22,8 +22,10 @@ from tenacity import (
 )
 
 from tasks.errors import IntegrityMismatch, TransferInterrupted
+from tasks.images.checkpoints import Checkpoints
 from tasks.images.digests import LEAF_BYTES, ZERO_RECORD, Buffer, Digests, record_of
 from tasks.images.extents import check_plan, pieces
+from tasks.images.journal import Journal
 from tasks.images.leaves import Misread, Piece
 from tasks.images.pool import Pool
 from tasks.images.writer import Writer
@@ -68,25 +70,21 @@ def copy(
     limits: Limits | None = None,
     progress: Callable[[int], None] | None = None,
     stop: threading.Event | None = None,
-    durable: Callable[[tuple[Extent, ...]], None] | None = None,
+    journal: Journal | None = None,
 ) -> CopyResult:
     """Copy `extents` (whole leaves, sorted) from an entered `reader` to `writer`; return when they are durable.
 
     progress: called with the bytes done since the last call, by several threads.
-    stop: when set, Stopped is raised within a second. durable: told which extents are safe on disk, after the
-    data and then the digests were flushed: the place of a journal.
+    stop: when set, Stopped is raised within a second. journal: told what is durable, window by window, so that a kill
+    at any point loses no more than one (`tasks.images.checkpoints`).
     Raises the first error that came up in any thread; TransferInterrupted where the source kept failing,
     IntegrityMismatch where it did not give what was asked for.
     """
     started = time.monotonic()
     planned = tuple(extents)
     check_plan(planned, size=digests.size)
-    run = _Copy(reader, writer, digests, limits or Limits(), progress, stop)
+    run = _Copy(reader, writer, digests, limits or Limits(), progress, stop, journal)
     run.fetch_all(planned)
-    writer.flush()
-    digests.flush()
-    if durable:
-        durable(planned)
     return CopyResult(
         bytes_transferred=run.received,
         bytes_written=run.written,
@@ -106,20 +104,23 @@ class _Copy:
         limits: Limits,
         progress: Callable[[int], None] | None,
         stop: threading.Event | None,
+        journal: Journal | None,
     ) -> None:
         self.received = self.covered = self.written = 0
         self._reader, self._writer, self._digests, self._limits = reader, writer, digests, limits
         self._progress = progress
         self._pool: Pool[Extent] = Pool(stop=stop, interrupt=reader.interrupt)
+        self._checkpoints = Checkpoints(writer, digests, journal, pool=self._pool)
         self._lock = threading.Lock()
 
     def fetch_all(self, planned: tuple[Extent, ...]) -> None:
         threads = min(self._reader.depth, self._limits.threads)
         work = pieces(planned, self._reader.preferred_extent_bytes)
-        self._pool.run(work, [self._fetch] * threads)
+        self._pool.run(work, [self._fetch] * threads, meanwhile=self._checkpoints.take_if_due)
         wanted = sum(extent.length for extent in planned)
         if self.covered != wanted:
             raise self._mismatch(f"{self.covered} bytes were copied of {wanted} planned")
+        self._checkpoints.take()
 
     def _fetch(self, extent: Extent) -> None:
         piece = Piece(extent)
@@ -154,6 +155,7 @@ class _Copy:
         self._count(covered=len(content), written=len(content) if record != ZERO_RECORD else 0)
         if self._progress:
             self._progress(len(content))
+        self._checkpoints.landed(Extent(start=offset, length=len(content)))
 
     def _count(self, *, received: int = 0, covered: int = 0, written: int = 0) -> None:
         with self._lock:

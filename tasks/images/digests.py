@@ -15,6 +15,7 @@ from typing import Self
 from blake3 import blake3
 
 from tasks.errors import InvalidInput
+from tasks.images.files import naming_full_disk
 
 Buffer = bytes | bytearray | memoryview
 
@@ -82,7 +83,8 @@ class Digests:
     def put(self, leaf: int, record: bytes) -> None:
         """Record the digest of a leaf; zeros are not written over zeros, which keeps the file sparse."""
         if record != ZERO_RECORD or self.get(leaf) != ZERO_RECORD:
-            os.pwrite(self._fd, record, HEADER_BYTES + leaf * RECORD_BYTES)
+            with naming_full_disk(self.path, need=RECORD_BYTES):
+                os.pwrite(self._fd, record, HEADER_BYTES + leaf * RECORD_BYTES)
 
     def get(self, leaf: int) -> bytes:
         """Return the record of a leaf."""
@@ -94,7 +96,8 @@ class Digests:
 
     def flush(self) -> None:
         """Return once every record is durable."""
-        os.fdatasync(self._fd)
+        with naming_full_disk(self.path, need=0):
+            os.fdatasync(self._fd)
 
     def image_digest(self) -> str:
         """Return `blake3:<hex>` over size, leaf size and every record, in that order."""

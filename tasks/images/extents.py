@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from tasks.images.digests import LEAF_BYTES
@@ -13,17 +14,44 @@ def whole_disk(size: int) -> tuple[Extent, ...]:
     return (Extent(start=0, length=size),) if size else ()
 
 
+def merged(extents: Iterable[Extent]) -> tuple[Extent, ...]:
+    """Return the same bytes as sorted extents, those that touch or overlap made one."""
+    runs: list[tuple[int, int]] = []
+    for start, end in sorted((extent.start, extent.end) for extent in extents):
+        if runs and start <= runs[-1][1]:
+            runs[-1] = (runs[-1][0], max(end, runs[-1][1]))
+        else:
+            runs.append((start, end))
+    return tuple(Extent(start=start, length=end - start) for start, end in runs)
+
+
 def leaf_aligned(extents: Iterable[Extent], *, size: int) -> tuple[Extent, ...]:
     """Return sorted extents, widened to whole leaves of a disk of `size` bytes, those that touch made one."""
-    wide: list[tuple[int, int]] = []
-    for extent in sorted(extents, key=lambda extent: extent.start):
+
+    def wide(extent: Extent) -> Extent:
         start = extent.start // LEAF_BYTES * LEAF_BYTES
         end = min(-(-extent.end // LEAF_BYTES) * LEAF_BYTES, size)
-        if wide and start <= wide[-1][1]:
-            wide[-1] = (wide[-1][0], max(end, wide[-1][1]))
-        else:
-            wide.append((start, end))
-    return tuple(Extent(start=start, length=end - start) for start, end in wide)
+        return Extent(start=start, length=end - start)
+
+    return merged(map(wide, extents))
+
+
+def without(extents: Iterable[Extent], others: Iterable[Extent]) -> tuple[Extent, ...]:
+    """Return what is in `extents` and not in `others`, sorted."""
+    rest: list[Extent] = []
+    holes = deque(merged(others))
+    for extent in merged(extents):
+        start = extent.start
+        while holes and holes[0].start < extent.end:
+            if start < holes[0].start:
+                rest.append(Extent(start=start, length=holes[0].start - start))
+            start = max(start, holes[0].end)
+            if start >= extent.end:
+                break
+            holes.popleft()
+        if start < extent.end:
+            rest.append(Extent(start=start, length=extent.end - start))
+    return tuple(rest)
 
 
 def pieces(extents: Iterable[Extent], piece_bytes: int) -> Iterator[Extent]:

@@ -7,6 +7,8 @@ import errno
 import os
 import re
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from blake3 import blake3
@@ -66,6 +68,17 @@ def need_space(folder: Path, need_bytes: int) -> None:
     have = free_bytes(folder)
     if have < need_bytes:
         raise DiskFull(path=str(folder), need=need_bytes, have=have)
+
+
+@contextmanager
+def naming_full_disk(path: Path, *, need: int) -> Iterator[None]:
+    """Turn "no space" and "over quota" into DiskFull: `need` bytes were to be written just now."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull(path=str(path), need=need, have=free_bytes(path.parent)) from error
 
 
 def safe_name(name: str) -> str:

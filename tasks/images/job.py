@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,6 +20,11 @@ from tasks.errors import JobLocked
 
 LOCK = ".hyper2kvm.lock"
 MACHINE_ID = Path("/etc/machine-id")  # systemd: machine-id(5)
+HEARTBEAT_S = 30.0
+LOOK_S = 0.2  # much longer than anybody's look takes
+POLL_S = 0.02
+
+_log = logging.getLogger(__name__)
 
 
 def machine_id(source: Path = MACHINE_ID) -> str:
@@ -34,10 +42,12 @@ def job_id(*, vcenter_uuid: str, instance_uuid: str, folder: Path, machine: str 
 
 
 @contextmanager
-def job_lock(folder: Path, holder: Mapping[str, str]) -> Iterator[Path]:
+def job_lock(folder: Path, holder: Mapping[str, str], *, heartbeat_s: float = HEARTBEAT_S) -> Iterator[Path]:
     """Hold the job of `folder` (made if missing) for the block; yield the lock file, which names the holder.
 
-    The kernel holds the lock (flock), so it ends with the process: what a dead holder left in the file means nothing.
+    The kernel holds the lock (flock), so it ends with the process. The file is touched every `heartbeat_s`, for people
+    and for file systems whose locks outlive a host; it is emptied at the end, so that a name in a file which
+    nobody holds is that of a dead one.
     holder: flow run and whatever else tells an operator who it is. Raises JobLocked, naming the holder.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,16 +56,53 @@ def job_lock(folder: Path, holder: Mapping[str, str]) -> Iterator[Path]:
     try:
         _take(fd, path)
         _name_holder(fd, holder)
-        yield path
+        try:
+            with _beating(fd, heartbeat_s):
+                yield path
+        finally:
+            os.ftruncate(fd, 0)
+    finally:
+        os.close(fd)
+
+
+def lock_holder(folder: Path) -> dict[str, str] | None:
+    """Return who holds the job of `folder` now, None where nobody does; empty where it has not written its name yet."""
+    who, held = _look(folder)
+    return who if held else None
+
+
+def last_holder(folder: Path) -> dict[str, str] | None:
+    """Return who held the job of `folder` and died of it; None where somebody holds it now, or ended it properly."""
+    who, held = _look(folder)
+    return None if held else who or None
+
+
+def _look(folder: Path) -> tuple[dict[str, str], bool]:
+    """Return the name in the lock file, and whether it is held, found out by taking it for a moment."""
+    try:
+        fd = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return {}, False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return _holder_in(fd), False
+    except BlockingIOError:
+        return _holder_in(fd), True
     finally:
         os.close(fd)
 
 
 def _take(fd: int, path: Path) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise JobLocked(path=str(path.parent), holder=_holder_in(fd)) from error
+    """Take the lock, with a little patience: somebody may be looking who holds it."""
+    deadline = time.monotonic() + LOOK_S
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                who = ", ".join(f"{key} {value}" for key, value in _holder_in(fd).items())
+                raise JobLocked(path=str(path.parent), holder=who or "it has not written its name yet") from error
+        time.sleep(POLL_S)
 
 
 def _name_holder(fd: int, holder: Mapping[str, str]) -> None:
@@ -65,9 +112,30 @@ def _name_holder(fd: int, holder: Mapping[str, str]) -> None:
     os.pwrite(fd, json.dumps(who).encode(), 0)
 
 
-def _holder_in(fd: int) -> str:
+def _holder_in(fd: int) -> dict[str, str]:
     try:
         who = json.loads(os.pread(fd, 4096, 0))
-        return ", ".join(f"{key} {value}" for key, value in who.items())
+        return {str(key): str(value) for key, value in who.items()}
     except (ValueError, AttributeError):
-        return "it has not written its name yet"
+        return {}
+
+
+@contextmanager
+def _beating(fd: int, every_s: float) -> Iterator[None]:
+    """Touch the file of `fd` every so often, in a thread, for the block."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(every_s):
+            try:
+                os.utime(fd)
+            except OSError as error:  # a full or lost file system: the copy itself will say so
+                _log.warning("heartbeat missed error=%s", error)
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

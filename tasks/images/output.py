@@ -5,29 +5,50 @@ from __future__ import annotations
 from pathlib import Path
 
 from tasks.errors import OutputExists
-from tasks.images.files import part_of, publish
+from tasks.images.files import publish, sync
+from tasks.images.layout import DiskFiles
 from tasks.images.manifest import MANIFEST, write_manifest
+from tasks.images.state import JobState, discard
 from tasks.models import Manifest
 
-__all__ = ["MANIFEST", "land_all", "refuse_existing"]
+__all__ = ["MANIFEST", "DiskFiles", "land_all", "refuse_existing"]
 
 
-def refuse_existing(folder: Path) -> None:
-    """Raise OutputExists where a folder holds a manifest or an image under its final name: before the first byte."""
-    for pattern in (MANIFEST, "disk-*.qcow2", "disk-*.raw"):
+def refuse_existing(folder: Path, state: JobState | None) -> None:
+    """Raise OutputExists where a folder holds a manifest, or anything of a disk under its final name.
+
+    Such files of a job whose disks have all arrived pass: it was killed while it gave names, and whoever calls
+    adopts them once they are verified. What a job left that was killed after its manifest goes.
+    """
+    if (folder / MANIFEST).exists():
+        discard(folder)
+        raise OutputExists(path=folder / MANIFEST, why="an earlier export put it there")
+    if state and state.all_arrived:
+        return
+    for pattern in ("disk-*.qcow2", "disk-*.raw", "disk-*.digests"):
         for path in sorted(folder.glob(pattern)):
             raise OutputExists(path=path, why="an earlier export put it there")
 
 
 def land_all(folder: Path, manifest: Manifest) -> None:
-    """Give the images of a manifest and their digests their final names, drop what they were made of, commit.
+    """Give the images of a manifest and their digests their final names, commit it, drop what they were made of.
 
-    Raises OutputExists; the manifest is written last, durably, by rename.
+    May be killed anywhere, and called again: what has its name keeps it. The manifest is written after every image,
+    durably, by rename. Raises OutputExists where a name was taken meanwhile.
     """
     for image in manifest.disks:
-        digests, final = folder / f"disk-{image.index}.digests", folder / image.path
-        publish(part_of(digests), digests)
-        publish(part_of(final), final)
+        files = DiskFiles(folder, image.index)
+        _name(files.digests_part, files.digests)
+        _name(files.part(image.format), files.final(image.format))
+    sync(folder)
     write_manifest(folder, manifest)
-    for image in manifest.disks:
-        part_of(folder / f"disk-{image.index}.raw").unlink(missing_ok=True)
+    discard(folder)
+
+
+def _name(part: Path, final: Path) -> None:
+    if not part.exists() and final.exists():
+        return
+    if part.exists() and final.exists() and part.samefile(final):  # publish fell between its link and its unlink
+        part.unlink()
+        return
+    publish(part, final)

@@ -29,6 +29,8 @@ class Pool(Generic[T]):
         self._stop = stop or threading.Event()
         self._interrupt = interrupt
         self._first: BaseException | None = None
+        self._news = threading.Event()
+        self._at_their_end = 0
         self._lock = threading.Lock()
 
     def check(self) -> None:
@@ -36,9 +38,20 @@ class Pool(Generic[T]):
         if self.ended.is_set():
             raise Stopped
 
-    def run(self, items: Iterable[T], workers: Sequence[Callable[[T], None]]) -> None:
+    def wake(self) -> None:
+        """Have `meanwhile` called at once: for workers."""
+        self._news.set()
+
+    def run(
+        self,
+        items: Iterable[T],
+        workers: Sequence[Callable[[T], None]],
+        *,
+        meanwhile: Callable[[], object] = _nothing,
+    ) -> None:
         """Give each of `items` to one of `workers` (a thread each); return when all are done and every thread is gone.
 
+        meanwhile: called by this thread, again and again, while the workers are at it.
         Raises the first error that came up anywhere, or Stopped.
         """
         shared = _Shared(items)
@@ -46,7 +59,7 @@ class Pool(Generic[T]):
         try:
             for thread in threads:
                 thread.start()
-            self._join(threads)
+            self._join(threads, meanwhile)
         except BaseException as error:  # noqa: BLE001 - whatever it is (Ctrl-C), the threads end first
             self._fail(error)
             self._join([thread for thread in threads if thread.ident])
@@ -60,15 +73,22 @@ class Pool(Generic[T]):
                 worker(item)
         except BaseException as error:  # noqa: BLE001 - the edge of a thread
             self._fail(error)
+        with self._lock:
+            self._at_their_end += 1
+        self.wake()
 
-    def _join(self, threads: Sequence[threading.Thread]) -> None:
+    def _join(self, threads: Sequence[threading.Thread], meanwhile: Callable[[], object] = _nothing) -> None:
+        while self._at_their_end < len(threads):
+            self._news.wait(POLL_S)
+            self._news.clear()
+            if self._stop.is_set():
+                self._fail(Stopped())
+            if self.ended.is_set():
+                self._interrupt()
+            else:
+                meanwhile()
         for thread in threads:
-            while thread.is_alive():
-                thread.join(POLL_S)
-                if self._stop.is_set():
-                    self._fail(Stopped())
-                if self.ended.is_set():
-                    self._interrupt()
+            thread.join()
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:

@@ -6,14 +6,12 @@ import ctypes
 import errno
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
 from tasks.errors import DiskFull
 from tasks.images.digests import Buffer
-from tasks.images.files import free_bytes
+from tasks.images.files import naming_full_disk
 
 PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01  # linux/falloc.h
 ZEROS = bytes(1024 * 1024)
@@ -88,14 +86,3 @@ class RawWriter:
         if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV):
             return False
         raise OSError(number, os.strerror(number), str(self.path))
-
-
-@contextmanager
-def naming_full_disk(path: Path, *, need: int) -> Iterator[None]:
-    """Turn "no space" and "over quota" into DiskFull: `need` bytes were to be written just now."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DiskFull(path=str(path), need=need, have=free_bytes(path.parent)) from error

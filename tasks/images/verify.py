@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -36,17 +36,49 @@ def verify(
     the last call, holes included. Raises IntegrityMismatch (how many leaves differ, and the first), ToolFailed,
     Stopped. qemu-nbd serves the image, and ends with the thread that calls.
     """
+    bad = _Count()
+    whole = whole_disk(digests.size)
+    road = compare(
+        path, whole, bad.add, format=format, digests=digests, progress=progress, stop=stop, connections=connections
+    )
+    if bad.leaves:
+        where = f"{bad.leaves} leaves of {LEAF_BYTES} bytes differ, the first at byte {bad.first * LEAF_BYTES}"
+        raise IntegrityMismatch(path=str(path), where=where)
+    return road
+
+
+def compare(
+    path: Path,
+    extents: Iterable[Extent],
+    differs: Callable[[int], object],
+    *,
+    format: Format,
+    digests: Digests,
+    progress: Callable[[int], None] | None = None,
+    stop: threading.Event | None = None,
+    connections: int = CONNECTIONS,
+) -> Literal["direct", "cached"]:
+    """As `verify`, but of `extents` (whole leaves) only, and every leaf that differs is told to `differs`."""
     direct = takes_direct(path)
     cache: Literal["none", "writeback"] = "none" if direct else "writeback"
     with qemu_nbd(path, format=format, cache=cache, connections=connections) as address, ExitStack() as stack:
         clients = [stack.enter_context(NbdClient(address)) for _ in range(connections)]
         _check_size(path, clients[0].size, digests.size)
-        back = _ReadBack(path, digests, progress)
+        back = _ReadBack(path, digests, differs, progress)
         pool: Pool[Extent] = Pool(stop=stop, interrupt=partial(_interrupt, clients))
-        work = pieces(whole_disk(digests.size), PIECE_BYTES)
-        pool.run(work, [partial(back.compare, pool, client) for client in clients])
-    back.judge()
+        pool.run(pieces(extents, PIECE_BYTES), [partial(back.compare, pool, client) for client in clients])
     return "direct" if direct else "cached"
+
+
+class _Count:
+    """How many leaves differ, and the first of them."""
+
+    def __init__(self) -> None:
+        self.leaves = self.first = 0
+
+    def add(self, leaf: int) -> None:
+        self.first = min(self.first, leaf) if self.leaves else leaf
+        self.leaves += 1
 
 
 def _interrupt(clients: Sequence[NbdClient]) -> None:
@@ -61,12 +93,16 @@ def _check_size(path: Path, there: int, wanted: int) -> None:
 
 
 class _ReadBack:
-    """What the threads of one verification found."""
+    """What the threads of one comparison share."""
 
-    def __init__(self, path: Path, digests: Digests, progress: Callable[[int], None] | None) -> None:
-        self._path, self._digests, self._progress = path, digests, progress
-        self._bad_leaves: int = 0
-        self._first_bad: int | None = None
+    def __init__(
+        self,
+        path: Path,
+        digests: Digests,
+        differs: Callable[[int], object],
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self._path, self._digests, self._differs, self._progress = path, digests, differs, progress
         self._lock = threading.Lock()
 
     def compare(self, pool: Pool[Extent], client: NbdClient, piece: Extent) -> None:
@@ -84,23 +120,16 @@ class _ReadBack:
                 path=str(self._path), where=f"reading it back failed near byte {piece.start}: {error}"
             ) from error
         if found != expected:
-            self._differ(first, found, expected)
+            self._tell(first, found, expected)
         if self._progress:
             self._progress(piece.length)
 
-    def judge(self) -> None:
-        """Raise IntegrityMismatch where a leaf differed."""
-        if self._first_bad is not None:
-            where = f"{self._bad_leaves} leaves of {LEAF_BYTES} bytes differ, the first at byte {self._first_bad}"
-            raise IntegrityMismatch(path=str(self._path), where=where)
-
-    def _differ(self, first: int, found: bytearray, expected: bytes) -> None:
+    def _tell(self, first: int, found: bytearray, expected: bytes) -> None:
         starts = range(0, len(expected), RECORD_BYTES)
         bad = [at for at in starts if found[at : at + RECORD_BYTES] != expected[at : at + RECORD_BYTES]]
-        offset = (first + bad[0] // RECORD_BYTES) * LEAF_BYTES
         with self._lock:
-            self._bad_leaves += len(bad)
-            self._first_bad = offset if self._first_bad is None else min(self._first_bad, offset)
+            for at in bad:
+                self._differs(first + at // RECORD_BYTES)
 
 
 def _records_in(client: NbdClient, piece: Extent, check: Callable[[], None]) -> Iterator[tuple[int, bytes]]:

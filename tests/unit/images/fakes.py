@@ -8,7 +8,8 @@ from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Self
 
-from tasks.images.digests import LEAF_BYTES, Buffer
+from tasks.images.digests import LEAF_BYTES, Buffer, Digests
+from tasks.images.journal import Journal
 from tasks.images.raw import RawWriter
 from tasks.models import Extent
 from tasks.reader import TransientFault
@@ -134,3 +135,23 @@ class ShiftingWriter(RawWriter):
 
     def write(self, offset: int, buffer: Buffer) -> None:
         super().write(offset + self.shift[1] if offset == self.shift[0] else offset, buffer)
+
+
+class TellingDigests(Digests):
+    """A sidecar that writes into `calls` when it is flushed."""
+
+    calls: list[str]
+
+    def flush(self) -> None:
+        self.calls.append("flush digests")
+        super().flush()
+
+
+class TellingJournal(Journal):
+    """A journal that writes into `calls` when it is appended to."""
+
+    calls: list[str]
+
+    def append(self, extents: Iterable[Extent]) -> None:
+        self.calls.append("append")
+        super().append(extents)

@@ -19,7 +19,7 @@ from tasks.images.writer import Writer
 from tasks.models import Extent
 from tasks.process import Stopped
 from tasks.reader import TransientFault
-from tests.unit.images.fakes import FakeReader, FakeWriter, leaves
+from tests.unit.images.fakes import FakeReader, FakeWriter, TellingDigests, TellingJournal, leaves
 
 QUICK = Limits(threads=2, attempts=3, first_wait_s=0.001, longest_wait_s=0.002)
 CONTENT = leaves("ab0c00defg0h", tail=1024)
@@ -70,17 +70,22 @@ def test_only_the_planned_extents_are_read(tmp_path: Path) -> None:
     assert writer.content.count(0) >= len(CONTENT) - 3 * LEAF_BYTES
 
 
-def test_progress_adds_up_and_durable_comes_after_the_flushes(tmp_path: Path) -> None:
+def test_progress_adds_up(tmp_path: Path) -> None:
     done: list[int] = []
-    writer, told = FakeWriter(len(CONTENT)), []
-    reader = FakeReader(CONTENT)
-
-    def durable(extents: tuple[Extent, ...]) -> None:
-        told.append((extents, writer.calls[-1]))
-
-    run(tmp_path, reader, writer, progress=done.append, durable=durable)
+    run(tmp_path, FakeReader(CONTENT), FakeWriter(len(CONTENT)), progress=done.append)
     assert sum(done) == len(CONTENT)
-    assert told == [(whole_disk(len(CONTENT)), "flush")]
+
+
+def test_the_journal_comes_after_the_digests_and_these_after_the_data(tmp_path: Path) -> None:
+    writer = FakeWriter(len(CONTENT))
+    with (
+        TellingDigests.create(tmp_path / "x.digests", size=len(CONTENT)) as digests,
+        TellingJournal.open(tmp_path / "x.journal", binding={}) as journal,
+    ):
+        digests.calls = journal.calls = writer.calls
+        copy(FakeReader(CONTENT), whole_disk(len(CONTENT)), writer, digests=digests, journal=journal)
+        assert journal.covered == whole_disk(len(CONTENT))
+    assert writer.calls[-3:] == ["flush", "flush digests", "append"]
 
 
 # ── faults of the source ─────────────────────────────────────────────────────────────────────────────────

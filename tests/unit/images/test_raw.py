@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.errors import DiskFull
-from tasks.images.raw import RawWriter, naming_full_disk
+from tasks.images.files import naming_full_disk
+from tasks.images.raw import RawWriter
 
 MIB = 1024 * 1024
 
