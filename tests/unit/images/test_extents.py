@@ -1,9 +1,12 @@
+from collections.abc import Iterable
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.images.digests import LEAF_BYTES
-from tasks.images.extents import check_plan, leaf_aligned, pieces, whole_disk
+from tasks.images.extents import check_plan, leaf_aligned, merged, pieces, whole_disk, without
 from tasks.models import Extent
 
 SIZE = 20 * LEAF_BYTES + 512
@@ -54,3 +57,27 @@ def test_an_empty_disk_has_no_extent() -> None:
 def test_a_plan_that_is_not_whole_leaves_in_order_is_refused(bad: list[Extent]) -> None:
     with pytest.raises(ValueError, match=r"leaf|order"):
         check_plan(bad, size=SIZE)
+
+
+def bytes_of(parts: Iterable[Extent]) -> set[int]:
+    """In sectors, to keep it small."""
+    return {at for part in parts for at in range(part.start // 512, part.end // 512)}
+
+
+sectors = st.lists(
+    st.builds(lambda at, n: Extent(start=at * 512, length=n * 512), st.integers(0, 30), st.integers(1, 9)), max_size=6
+)
+
+
+@given(sectors)
+def test_merging_keeps_the_bytes_and_joins_what_touches(parts: list[Extent]) -> None:
+    joined = merged(parts)
+    assert bytes_of(joined) == bytes_of(parts)
+    assert all(one.end < other.start for one, other in pairwise(joined))
+
+
+@given(sectors, sectors)
+def test_what_is_left_out_is_out_and_nothing_else(parts: list[Extent], others: list[Extent]) -> None:
+    rest = without(parts, others)
+    assert bytes_of(rest) == bytes_of(parts) - bytes_of(others)
+    assert merged(rest) == rest

@@ -3,12 +3,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from tasks.errors import JobLocked
-from tasks.images.job import LOCK, job_id, job_lock, machine_id
+from tasks.images.job import LOCK, job_id, job_lock, last_holder, lock_holder, machine_id
 
 HOLDING = """
 import sys, time
@@ -42,7 +44,8 @@ def test_the_lock_of_a_killed_holder_is_taken_over(tmp_path: Path) -> None:
         with pytest.raises(JobLocked, match=f"pid {holder.pid}"), job_lock(tmp_path, {}):
             pass
         holder.send_signal(signal.SIGKILL)
-    assert "brave-fox" in (tmp_path / LOCK).read_text()
+    assert lock_holder(tmp_path) is None
+    assert (last_holder(tmp_path) or {})["flow_run"] == "brave-fox"
     with job_lock(tmp_path, {}):
         assert "brave-fox" not in (tmp_path / LOCK).read_text()
 
@@ -50,8 +53,47 @@ def test_the_lock_of_a_killed_holder_is_taken_over(tmp_path: Path) -> None:
 def test_a_holder_that_has_not_written_its_name_is_no_reason_to_crash(tmp_path: Path) -> None:
     with job_lock(tmp_path, {}) as path:
         path.write_text("")
+        assert (lock_holder(tmp_path), last_holder(tmp_path)) == ({}, None)
         with pytest.raises(JobLocked, match="not written"), job_lock(tmp_path, {}):
             pass
+
+
+def test_who_holds_it_is_known_and_who_ended_it_properly_is_forgotten(tmp_path: Path) -> None:
+    assert (lock_holder(tmp_path / "none"), last_holder(tmp_path / "none")) == (None, None)
+    with job_lock(tmp_path, {"flow_run": "brave-fox"}):
+        assert (lock_holder(tmp_path) or {})["flow_run"] == "brave-fox"
+        assert last_holder(tmp_path) is None
+    with pytest.raises(ZeroDivisionError), job_lock(tmp_path, {"flow_run": "brave-fox"}):
+        _ = 1 / 0
+    assert (lock_holder(tmp_path), last_holder(tmp_path)) == (None, None)
+
+
+def test_somebody_who_looks_keeps_nobody_out(tmp_path: Path) -> None:
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            lock_holder(tmp_path)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for _ in range(200):
+            with job_lock(tmp_path, {}):
+                pass
+    finally:
+        ended.set()
+        looking.join()
+
+
+def test_the_lock_file_is_touched_while_held(tmp_path: Path) -> None:
+    with job_lock(tmp_path, {"flow_run": "brave-fox"}, heartbeat_s=0.01) as path:
+        os.utime(path, (0, 0))
+        deadline = time.monotonic() + 5
+        while path.stat().st_mtime == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        assert (lock_holder(tmp_path) or {})["flow_run"] == "brave-fox"
 
 
 def test_a_job_is_vcenter_vm_machine_and_folder() -> None:

@@ -1,0 +1,339 @@
+"""A copy that is killed and gone on with. Children die by SIGKILL; what they wrote is all that is left of them."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Generator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tasks.images import checkpoints
+from tasks.images.copy import CopyResult, Limits, copy
+from tasks.images.digests import LEAF_BYTES, Buffer, Digests
+from tasks.images.extents import merged, whole_disk, without
+from tasks.images.journal import Journal
+from tasks.images.layout import DiskFiles
+from tasks.images.raw import RawWriter
+from tasks.images.target import Target, open_target
+from tasks.images.verify import verify
+from tasks.models import Extent
+from tasks.process import Stopped
+from tasks.reader import Reader
+from tasks.transports.file import FileReader
+from tests.unit.images.dying import Counter, killed, killed_when
+from tests.unit.images.fakes import FakeReader, leaves
+
+MIB = 1024 * 1024
+THREADS = 2
+CONTENT = leaves("ab0c00defg0hijk0lmnopq0r", tail=1024)
+BINDING: dict[str, str | int] = {"disk": "6000C29", "snapshot": "snapshot-57"}
+LIMITS = Limits(threads=THREADS, attempts=3, first_wait_s=0.001, longest_wait_s=0.002)
+WINDOW = 8 * LEAF_BYTES
+ON_ITS_WAY = THREADS * 2 * LEAF_BYTES  # what each thread has received and not landed, or landed when it has to wait
+
+
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "WINDOW_BYTES", WINDOW)
+    monkeypatch.setattr(checkpoints, "EVERY_BYTES", WINDOW // 2)
+
+
+class CountedReader(FakeReader):
+    """Counts what it gives, in memory that outlives a killed child."""
+
+    counter: Counter
+
+    def stream(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
+        for offset, buffer in super().stream(extent):
+            with self._lock:
+                self.counter.add(len(buffer))
+            yield offset, buffer
+
+
+def counted(content: bytes = CONTENT, **options: int) -> CountedReader:
+    reader = CountedReader(content, chunk=LEAF_BYTES // 2, preferred=6 * LEAF_BYTES, **options)  # type: ignore[arg-type]
+    reader.counter = Counter()
+    return reader
+
+
+Change = Callable[[Target], Target]
+
+
+def run(
+    files: DiskFiles, reader: Reader, *, binding: dict[str, str | int] = BINDING, change: Change = lambda target: target
+) -> tuple[CopyResult, Target]:
+    """Copy all that is missing, as a step does."""
+    with reader, open_target(files, size=reader.size, binding=binding) as opened:
+        target = change(opened)
+        result = copy(
+            reader, target.missing, target.writer, digests=target.digests, limits=LIMITS, journal=target.journal
+        )
+        return result, target
+
+
+def assert_complete(files: DiskFiles, content: bytes = CONTENT) -> None:
+    assert files.raw_part.read_bytes() == content
+    with Digests.open(files.digests_part) as digests:
+        verify(files.raw_part, format="raw", digests=digests)
+
+
+def covered(files: DiskFiles, size: int = len(CONTENT)) -> tuple[Extent, ...]:
+    with Journal.open(files.journal, binding={**BINDING, "size": size}) as journal:
+        return journal.covered
+
+
+def half_done(files: DiskFiles) -> None:
+    """Leave what a run leaves that was killed in its third checkpoint, of three at least."""
+    assert killed(lambda: run(files, counted()), before=7, calls=("fdatasync",))
+    assert covered(files)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> DiskFiles:
+    return DiskFiles(tmp_path, 0)
+
+
+# ── kills ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("calls", [("fdatasync",), ("fsync", "ftruncate"), ("pwrite",)], ids=lambda calls: calls[0])
+def test_killed_before_any_call_the_next_run_ends_with_an_equal_image(
+    files: DiskFiles, small_windows: None, calls: tuple[str, ...]
+) -> None:
+    step = 7 if "pwrite" in calls else 1
+    number = 1
+    while killed(lambda: run(files, counted()), before=number, calls=calls):
+        reader = counted()
+        _, target = run(files, reader)
+        assert_complete(files)
+        assert reader.counter.value == len(CONTENT) - target.kept_bytes
+        for path in (files.raw_part, files.digests_part, files.journal):
+            path.unlink()
+        number += step
+    assert number > 4
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(deaths=st.lists(st.integers(1, 60), min_size=1, max_size=3))
+def test_killed_again_and_again_no_kill_costs_more_than_a_window(
+    tmp_path_factory: pytest.TempPathFactory, small_windows: None, deaths: list[int]
+) -> None:
+    files = DiskFiles(tmp_path_factory.mktemp("kills"), 0)
+    reader = counted()
+    kills = sum(killed(lambda: run(files, reader), before=death) for death in deaths)
+    run(files, reader)
+    assert_complete(files)
+    again = reader.counter.value - len(CONTENT)
+    assert again <= kills * (WINDOW + ON_ITS_WAY)
+
+
+class SlowReader(FileReader):
+    """Counts what it gives, and takes its time."""
+
+    counter: Counter
+    lock: threading.Lock
+
+    def stream(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
+        for offset, buffer in super().stream(extent):
+            with self.lock:
+                self.counter.add(len(buffer))
+            time.sleep(0.002)
+            yield offset, buffer
+
+
+def test_killed_at_random_at_full_size_a_kill_costs_a_window_at_most(files: DiskFiles, tmp_path: Path) -> None:
+    disk = tmp_path / "disk.raw"
+    with disk.open("wb") as file:
+        for at in range(0, 288, 3):
+            file.seek(at * MIB)
+            file.write(os.urandom(2 * MIB))
+        file.truncate(288 * MIB)
+    reader, chance = SlowReader(disk), random.Random()
+    reader.counter, reader.lock = Counter(), threading.Lock()
+    kills = 0
+    for _ in range(3):
+        until = reader.counter.value + chance.randrange(64, 160) * MIB
+        kills += killed_when(lambda until=until: reader.counter.value >= until, lambda: run(files, reader))  # type: ignore[misc]
+    run(files, reader)
+    assert kills
+    assert files.raw_part.read_bytes() == disk.read_bytes()
+    again = reader.counter.value - reader.size
+    assert again <= kills * (checkpoints.WINDOW_BYTES + THREADS * 2 * MIB)
+
+
+# ── a power cut: what was not flushed is gone ────────────────────────────────────────────────────────────
+
+
+class VolatileWriter(RawWriter):
+    """Keeps writes in memory until they are flushed: a kill takes them along, as a power cut takes the page cache."""
+
+    _kept: dict[int, bytes | int]
+    _guard: threading.Lock
+
+    @classmethod
+    def over(cls, path: Path) -> VolatileWriter:
+        writer = cls.open(path)
+        writer._kept, writer._guard = {}, threading.Lock()
+        return writer
+
+    def write(self, offset: int, buffer: Buffer) -> None:
+        with self._guard:
+            self._kept[offset] = bytes(buffer)
+
+    def zero(self, offset: int, length: int) -> None:
+        with self._guard:
+            self._kept[offset] = length
+
+    def flush(self) -> None:
+        with self._guard:
+            kept, self._kept = self._kept, {}
+        for offset, what in kept.items():
+            super().zero(offset, what) if isinstance(what, int) else super().write(offset, what)
+        super().flush()
+
+
+class VolatileDigests(Digests):
+    """The same for a sidecar."""
+
+    _kept: dict[int, bytes]
+
+    @classmethod
+    def over(cls, path: Path) -> VolatileDigests:
+        digests = cls.open(path, writable=True)
+        digests._kept = {}
+        return digests
+
+    def put(self, leaf: int, record: bytes) -> None:
+        self._kept[leaf] = record
+
+    def flush(self) -> None:
+        for leaf in list(self._kept):
+            super().put(leaf, self._kept.pop(leaf))
+        super().flush()
+
+
+def volatile(target: Target) -> Target:
+    return replace(
+        target,
+        writer=VolatileWriter.over(target.writer.path),
+        digests=VolatileDigests.over(target.digests.path),
+    )
+
+
+@pytest.mark.parametrize("call", range(1, 10))
+def test_after_a_power_cut_what_the_journal_covers_is_there(
+    files: DiskFiles, small_windows: None, caplog: pytest.LogCaptureFixture, call: int
+) -> None:
+    assert killed(lambda: run(files, counted(), change=volatile), before=call, calls=("fdatasync",))
+    kept = covered(files)
+    reader = counted()
+    _, target = run(files, reader)
+    assert_complete(files)
+    assert target.kept_bytes == sum(extent.length for extent in kept)
+    assert "differ" not in caplog.text
+    assert bool(kept) == (call >= 3)
+
+
+# ── what is kept, and what is not ────────────────────────────────────────────────────────────────────────
+
+
+def test_a_rotten_leaf_that_was_kept_is_found_and_fetched_again(
+    files: DiskFiles, small_windows: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    half_done(files)
+    kept = covered(files)
+    flip(files.raw_part, kept[0].start + 5)
+    _, target = run(files, counted())
+    bad = Extent(start=kept[0].start, length=LEAF_BYTES)
+    assert target.missing == merged([bad, *without(whole_disk(len(CONTENT)), kept)])
+    assert target.kept_bytes == sum(extent.length for extent in kept) - LEAF_BYTES
+    assert "fetched again" in caplog.text
+    assert_complete(files)
+
+
+def test_a_rotten_record_is_found_as_well(files: DiskFiles, small_windows: None) -> None:
+    half_done(files)
+    with Digests.open(files.digests_part, writable=True) as digests:
+        digests.put(0, b"r" * 32)
+    _, target = run(files, counted())
+    assert target.missing[0] == Extent(start=0, length=LEAF_BYTES)
+    assert_complete(files)
+
+
+def test_of_another_point_in_time_nothing_is_kept(files: DiskFiles, small_windows: None) -> None:
+    half_done(files)
+    other = leaves("zy0x00wvut0srqp0onmlkj0i", tail=1024)
+    _, target = run(files, counted(other), binding={**BINDING, "snapshot": "snapshot-58"})
+    assert (target.kept_bytes, target.missing) == (0, whole_disk(len(CONTENT)))
+    assert_complete(files, other)
+    assert covered(files) == ()  # and back under the old one neither
+
+
+@pytest.mark.parametrize("harm", ["raw gone", "raw longer", "sidecar gone", "sidecar cut", "sidecar foreign"])
+def test_a_journal_without_its_target_is_not_used(files: DiskFiles, small_windows: None, harm: str) -> None:
+    half_done(files)
+    what, how = harm.split()
+    path = files.raw_part if what == "raw" else files.digests_part
+    if how == "gone":
+        path.unlink()
+    elif how == "foreign":
+        path.write_bytes(b"x" * path.stat().st_size)
+    else:
+        os.truncate(path, path.stat().st_size + (512 if how == "longer" else -32))
+    with open_target(files, size=len(CONTENT), binding=BINDING) as target:
+        assert target.kept_bytes == 0
+        assert covered(files) == ()  # durably, before anything else is begun
+    run(files, counted())
+    assert_complete(files)
+
+
+def test_zeros_go_over_what_was_written_and_never_journaled(files: DiskFiles, small_windows: None) -> None:
+    half_done(files)
+    with files.raw_part.open("r+b") as file, Digests.open(files.digests_part, writable=True) as digests:
+        for leaf in range(len(CONTENT) // LEAF_BYTES):
+            if not any(e.start <= leaf * LEAF_BYTES < e.end for e in covered(files)):
+                file.seek(leaf * LEAF_BYTES)
+                file.write(b"old" * 1000)
+                digests.put(leaf, b"r" * 32)
+    run(files, counted())
+    assert_complete(files)
+
+
+def test_a_finished_disk_is_read_back_and_nothing_is_missing(files: DiskFiles) -> None:
+    first, _ = run(files, counted())
+    reader = counted()
+    again, target = run(files, reader)
+    assert (target.missing, target.kept_bytes, reader.counter.value) == ((), len(CONTENT), 0)
+    assert again.digest == first.digest
+
+
+@pytest.mark.parametrize("size", [0, 512, LEAF_BYTES + 512])
+def test_odd_sizes_are_gone_on_with(files: DiskFiles, size: int) -> None:
+    content = leaves("ab")[:size]
+    run(files, FakeReader(content))
+    run(files, FakeReader(content))
+    assert files.raw_part.read_bytes() == content
+
+
+def test_stop_ends_the_reading_back(files: DiskFiles, small_windows: None) -> None:
+    half_done(files)
+    before, stop = covered(files), threading.Event()
+    stop.set()
+    with pytest.raises(Stopped), open_target(files, size=len(CONTENT), binding=BINDING, stop=stop):
+        pass
+    assert covered(files) == before
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        (byte,) = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
