@@ -63,6 +63,11 @@ def free_bytes(folder: Path) -> int:
     return there.f_bavail * there.f_frsize
 
 
+def allocated_bytes(path: Path) -> int:
+    """Return what `path` takes of its file system; nothing where it is not there."""
+    return path.stat().st_blocks * 512 if path.exists() else 0  # stat(2): of 512 bytes, whatever the file system's
+
+
 def need_space(folder: Path, need_bytes: int) -> None:
     """Raise DiskFull where the file system of `folder` has less than `need_bytes` left."""
     have = free_bytes(folder)

@@ -16,7 +16,7 @@ from typing import Literal
 
 from tasks import process
 from tasks.errors import DiskFull, FileLocked, IntegrityMismatch, ToolFailed, UnsupportedDisk
-from tasks.images.files import free_bytes, sync
+from tasks.images.files import allocated_bytes, free_bytes, sync
 from tasks.nbd import NbdClient
 
 Format = Literal["raw", "qcow2"]
@@ -65,13 +65,9 @@ def convert(
 
 def _need_room(source: Path, target: Path, *, after: ToolFailed | None = None) -> None:
     """Raise DiskFull where `target` cannot hold what `source` has allocated; what it holds already is overwritten."""
-    need, have = _allocated(source), free_bytes(target.parent) + _allocated(target)
+    need, have = allocated_bytes(source), free_bytes(target.parent) + allocated_bytes(target)
     if have < need:
         raise DiskFull(path=str(target), need=need, have=have) from after
-
-
-def _allocated(path: Path) -> int:
-    return path.stat().st_blocks * 512 if path.exists() else 0  # stat(2): of 512 bytes, whatever the file system's
 
 
 def check(path: Path, *, format: Format = "qcow2", stop: threading.Event | None = None) -> None:

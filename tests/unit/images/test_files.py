@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.errors import DiskFull, OutputExists
-from tasks.images.files import free_bytes, need_space, part_of, publish, safe_name, write_atomically
+from tasks.images.files import allocated_bytes, free_bytes, need_space, part_of, publish, safe_name, write_atomically
 
 
 def test_publishing_gives_the_final_name(tmp_path: Path) -> None:
@@ -89,3 +89,12 @@ def test_a_harmful_name_is_changed_and_marked(name: str) -> None:
 
 def test_a_name_that_looks_like_a_changed_one_is_changed_as_well() -> None:
     assert safe_name(safe_name("a/b")) != safe_name("a/b")
+
+
+def test_a_sparse_file_takes_what_is_written_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    assert allocated_bytes(path) == 0
+    with path.open("wb") as file:
+        file.truncate(1 << 30)
+        file.write(bytes([1]) * 4096)
+    assert 4096 <= allocated_bytes(path) <= 1 << 20
