@@ -25,6 +25,7 @@ from hyper2kvm.settings import Settings, password_from
 from hyper2kvm.terminal import Board, show_error, stderr, summary
 from tasks.errors import Hyper2KvmError, InvalidInput, NotBuilt
 from tasks.models import ExportOptions, Manifest
+from tasks.text import one_line
 
 LATER_ACTIONS = ("download-vm", "vddk-export", "cbt-sync", "preflight", "verify", "boot-check")
 INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
@@ -167,7 +168,7 @@ def _list(glob: str, settings: Settings, *, json: bool) -> int:
     with borrow(settings.connection()) as session:
         for page in list_vms(session, glob):
             for vm in page:
-                print(vm.model_dump_json() if json else f"{vm.path}\t{vm.moref}\t{vm.power}")
+                print(vm.model_dump_json() if json else f"{one_line(vm.path)}\t{vm.moref}\t{vm.power}")
             sys.stdout.flush()
     return 0
 
@@ -191,7 +192,7 @@ def _export(options: ExportOptions, settings: Settings, *, json: bool) -> int:
     else:
         console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
         for line in summary(manifest, job.output_dir, time.monotonic() - started):
-            console.print(line)
+            console.print(one_line(line))
     return 0
 
 

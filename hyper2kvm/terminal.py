@@ -17,6 +17,7 @@ from rich.progress import TransferSpeedColumn as SpeedColumn
 from tasks.errors import Hyper2KvmError
 from tasks.images.files import safe_name
 from tasks.models import Manifest
+from tasks.text import one_line
 
 if TYPE_CHECKING:
     from tasks.steps import Meter
@@ -63,11 +64,11 @@ class Board:
     def listen(self, meter: Meter) -> None:
         """Show one more meter."""
         with self._lock:
-            self._meters[meter] = self._bars.add_task(escape(meter.label), total=meter.total_bytes)
+            self._meters[meter] = self._bars.add_task(escape(one_line(meter.label)), total=meter.total_bytes)
 
     def say(self, text: str) -> None:
         """Show a line above the bars."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(one_line(text), markup=False, highlight=False, soft_wrap=True)
 
     def _run(self) -> None:
         while not self._ended.wait(REFRESH_S):

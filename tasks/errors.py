@@ -34,6 +34,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from tasks.text import one_line
+
 
 class Hyper2KvmError(Exception):
     """{cause}"""
@@ -42,10 +44,13 @@ class Hyper2KvmError(Exception):
     exit_status: ClassVar[int] = 1
 
     def __init__(self, **fields: Any) -> None:
-        """Fill the blanks of the message with `fields`, which become attributes; raise KeyError for one left out."""
+        """Fill the blanks of the message with `fields`, which become attributes; raise KeyError for one left out.
+
+        The attributes are as given; the message is one line, whatever the names in it hold.
+        """
         self.fields = fields
-        self.cause = (type(self).__doc__ or "").format(**fields)
-        self.remedy = type(self).remedy.format(**fields)
+        self.cause = one_line((type(self).__doc__ or "").format(**fields))
+        self.remedy = one_line(type(self).remedy.format(**fields))
         super().__init__(self.cause)
 
     def __getattr__(self, name: str) -> Any:

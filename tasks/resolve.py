@@ -39,5 +39,5 @@ async def locate(vcenter: VCenter, wanted: str) -> str:
 async def describe(vcenter: VCenter, moref: str) -> VirtualMachine:
     """Return what there is to know of a VM: host-system path, vpx URI, hardware."""
     vm = await on_vcenter(vcenter, describe_vm, moref)
-    get_run_logger().info("resolved vm=%r path=%s host=%s uri=%s", vm.name, vm.inventory_path, vm.host_path, vm.vpx_uri)
+    get_run_logger().info("resolved vm=%r path=%r host=%r uri=%s", vm.name, vm.inventory_path, vm.host_path, vm.vpx_uri)
     return vm

@@ -68,3 +68,9 @@ def test_a_field_left_out_is_a_bug_and_shows_as_one():
 def test_a_tools_last_lines_follow_the_first():
     error = errors.ToolFailed(argv=("qemu-img",), status=-9, last_lines=("one", "two"))
     assert str(error).splitlines() == ["qemu-img failed with signal 9: two", "one", "two"]
+
+
+def test_a_message_is_one_line_whatever_a_name_holds_and_the_field_stays_as_it_is():
+    error = errors.FenceClosed(vm="web\nINFO forged", reason="\x1b[2Jit is\u2028so", remedy="Do\rthis")
+    assert str(error) == r"No snapshot of web\nINFO forged is taken now: \x1b[2Jit is\u2028so. Do\rthis"
+    assert error.vm == "web\nINFO forged"

@@ -1,0 +1,21 @@
+"""Text from elsewhere on one line of ours: a name may hold a line break, and must not forge a line of a log by it."""
+
+from __future__ import annotations
+
+import unicodedata
+
+_UNFIT = frozenset(("Cc", "Cs", "Zl", "Zp"))  # controls (line breaks, escapes), surrogates, separators of lines
+_REORDERING = frozenset(("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"))  # Unicode TR 9
+
+
+def one_line(text: str) -> str:
+    r"""Return `text` with what would break, erase or reorder its line written as an escape: `a\nb`."""
+    return "".join(_escaped(each) if _unfit(each) else each for each in text)
+
+
+def _unfit(character: str) -> bool:
+    return unicodedata.category(character) in _UNFIT or unicodedata.bidirectional(character) in _REORDERING
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
