@@ -31,7 +31,9 @@ class VmEntry(Value):
 
 
 def find_vm(session: Session, wanted: str) -> str:
-    """Return the moref of the VM that `wanted` names: an inventory path, moref, instance or BIOS UUID, or else a name.
+    """Return the moref of the VM that `wanted` names: an inventory path, instance or BIOS UUID, moref, or else a name.
+
+    The first of these that fits is meant. A lone ESXi host's morefs are plain numbers.
 
     Raises VmNotFound (with near names), AmbiguousVmName (with every candidate), InvalidInput.
     Source: SearchIndex.FindByInventoryPath and FindAllByUuid.
@@ -42,7 +44,7 @@ def find_vm(session: Session, wanted: str) -> str:
 
 
 def _find(session: Session, wanted: str) -> Any:
-    if wanted.startswith("/"):
+    if names.is_path(wanted):
         return _by_path(session, wanted)
     if _is_uuid(wanted) and (found := _by_uuid(session, wanted)):
         return _one_of(session, wanted, found)
@@ -55,16 +57,19 @@ def list_vms(session: Session, pattern: str = "*") -> Iterator[list[VmEntry]]:
     """Yield the VMs whose name or inventory path matches a glob, a page at a time, in the server's order."""
     known: dict[Any, dict[str, Any]] = {}
     for page in pages_of(session, vim.VirtualMachine, ("name", "parent", "parentVApp", "runtime.powerState")):
-        parents = {found.get("parent") or found.get("parentVApp") for _, found in page}
-        known |= ancestors(session, [each for each in parents if each is not None and each not in known])
+        homes = {names.home(found) for _, found in page}
+        known |= ancestors(session, [each for each in homes if each is not None and each not in known])
         entries = [_entry(vm, found, known) for vm, found in page]
         yield [entry for entry in entries if _matches(entry, pattern)]
 
 
 def _entry(vm: Any, found: dict[str, Any], known: dict[Any, dict[str, Any]]) -> VmEntry:
-    parent = found.get("parent") or found.get("parentVApp")
-    path = f"{names.inventory_path(parent, known) if parent else ''}/{found['name']}"
-    return VmEntry(path=path, moref=vm._moId, power=str(found.get("runtime.powerState", "unknown")))
+    path, power = _path(found, known), str(found.get("runtime.powerState", "unknown"))
+    return VmEntry(path=path, moref=vm._moId, power=power)
+
+
+def _path(found: dict[str, Any], known: dict[Any, dict[str, Any]]) -> str:
+    return f"{names.inventory_path(names.home(found), known)}/{found['name']}"
 
 
 def _matches(entry: VmEntry, pattern: str) -> bool:
@@ -80,10 +85,12 @@ def _is_uuid(text: str) -> bool:
 
 
 def _by_path(session: Session, path: str) -> Any:
-    stored = names.as_stored_path(path)
-    found = session.call("a lookup by path", lambda: session.content.searchIndex.FindByInventoryPath(stored))
-    if isinstance(found, vim.VirtualMachine):
-        return found
+    """Return the VM at a path; one that is typed and stored in different unicode forms takes up to two calls more."""
+    search = session.content.searchIndex
+    for stored in names.spellings(names.as_stored_path(path)):
+        found = session.call("a lookup by path", partial(search.FindByInventoryPath, stored))
+        if isinstance(found, vim.VirtualMachine):
+            return found
     raise VmNotFound(wanted=path)
 
 
@@ -128,7 +135,7 @@ def _one_of(session: Session, wanted: str, found: list[Any], *, near: tuple[str,
         return found[0]
     if not found:
         raise VmNotFound(wanted=wanted, near=near)
-    known = ancestors(session, found)
-    raise AmbiguousVmName(
-        wanted=wanted, candidates=tuple(sorted((names.inventory_path(vm, known), vm._moId) for vm in found))
-    )
+    each = retrieve(session, found, ("name", "parent", "parentVApp"))
+    known = ancestors(session, [home for home in {names.home(values) for values in each.values()} if home is not None])
+    candidates = sorted((_path(values, known), vm._moId) for vm, values in each.items())
+    raise AmbiguousVmName(wanted=wanted, candidates=tuple(candidates))

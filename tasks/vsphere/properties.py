@@ -31,7 +31,27 @@ def retrieve(session: Session, entities: Sequence[Any], names: Sequence[str]) ->
 
 
 def ancestors(session: Session, entities: Sequence[Any]) -> dict[Any, dict[str, Any]]:
-    """Return `name` and `parent` of `entities` and of all that they lie in, up to the root: one round trip."""
+    """Return `name` and `parent` of `entities` and of all that they lie in, up to the root: one round trip.
+
+    One more for each level of vApps, whose `parent` is given as what the inventory shows them in: their VM folder or
+    the vApp around them, not their resource pool. Source: VirtualApp.parentFolder, parentVApp.
+    """
+    known = _vapps(session, [each for each in entities if isinstance(each, vim.VirtualApp)])
+    outside = [each["parent"] for each in known.values()] + list(entities)
+    return known | _upwards(session, [each for each in outside if each is not None and each not in known])
+
+
+def _vapps(session: Session, wanted: Sequence[Any]) -> dict[Any, dict[str, Any]]:
+    known: dict[Any, dict[str, Any]] = {}
+    while wanted:
+        for vapp, found in retrieve(session, wanted, ("name", "parentFolder", "parentVApp")).items():
+            known[vapp] = {"name": found["name"], "parent": found.get("parentVApp") or found.get("parentFolder")}
+        around = {each["parent"] for each in known.values() if isinstance(each["parent"], vim.VirtualApp)}
+        wanted = [each for each in around if each not in known]
+    return known
+
+
+def _upwards(session: Session, entities: Sequence[Any]) -> dict[Any, dict[str, Any]]:
     if not entities:
         return {}
     up = _Collector.TraversalSpec(

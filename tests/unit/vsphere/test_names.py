@@ -79,3 +79,47 @@ def test_the_vpx_uri_leaves_out_the_hidden_folder_and_a_standalone_hosts_compute
 
 def test_the_vpx_uri_of_an_ipv6_vcenter_keeps_its_brackets():
     assert names.vpx_uri(connection(host="::1"), ESX2, KNOWN).startswith("vpx://admin%40vsphere.local@[::1]/Europe")
+
+
+@pytest.mark.parametrize("port", [443, 8443])
+def test_a_lone_hosts_uri_has_no_path(port):
+    where = "esx://root@esx" if port == 443 else f"esx://root@esx:{port}"
+    alone = connection(host="esx", username="root", port=port)
+    assert names.esx_uri(alone) == f"{where}/"
+    assert names.libvirt_uri(alone, ESX2, KNOWN, lone_host=True) == f"{where}/"
+    assert names.libvirt_uri(alone, ESX2, KNOWN, lone_host=False).startswith("vpx://")
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [("/DC/vm/web", True), ("/a/DC/vm/b/web/", True), ("/web", False), ("/a/b", False), ("web", False), ("", False)],
+)
+def test_an_inventory_path_has_a_datacenter_a_folder_and_a_name(text, is_one):
+    assert names.is_path(text) is is_one
+
+
+@given(st.text())
+def test_the_spellings_of_a_text_are_few_look_the_same_and_begin_with_itself(text):
+    spellings = names.spellings(text)
+    assert spellings[0] == text
+    assert len(set(spellings)) == len(spellings) <= 3
+    assert all(names.same_name(text, each) for each in spellings)
+    assert not text.isascii() or spellings == [text]
+
+
+def test_a_vm_in_nested_vapps_has_the_path_that_the_inventory_shows():
+    """`ancestors` gives a vApp its folder, or the vApp around it, as its parent."""
+    vms, shop, web = vim.Folder("group-v10"), vim.VirtualApp("resgroup-v11"), vim.VirtualApp("resgroup-v12")
+    vm = vim.VirtualMachine("vm-13")
+    known = KNOWN | {
+        vms: {"name": "vm", "parent": DC},
+        shop: {"name": "shop", "parent": vms},
+        web: {"name": "web tier", "parent": shop},
+        vm: {"name": "db", "parent": names.home({"parentVApp": web})},
+    }
+    assert names.inventory_path(vm, known) == "/Europe/DC%2f1/vm/shop/web tier/db"
+
+
+def test_an_orphan_lies_nowhere():
+    assert names.home({}) is None
+    assert names.inventory_path(None, KNOWN) == ""
