@@ -27,6 +27,7 @@ SOAP_TIMEOUT_S = 30
 KEEP_ALIVE_S = 300.0  # vCenter ends a session after 30 idle minutes by default
 ATTEMPTS = 4
 MAX_WAIT_S = 8.0
+LONE_HOST = "ha-host"  # the moref of the one host that an ESXi host has in its own inventory
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -45,7 +46,7 @@ class Session:
             self._stub = _stub(connection, self.tls)
             self.content: Any = vim.ServiceInstance("ServiceInstance", self._stub).RetrieveContent()
             self._login()
-        self.info = _info(self.content.about)
+            self.info = self._described()
         threading.Thread(target=self._keep_alive, name="vcenter-keep-alive", daemon=True).start()
 
     @property
@@ -97,6 +98,32 @@ class Session:
             log.warning("logout failed host=%s error=%s", self.connection.address, type(error).__name__)
         self._stub.DropConnections()
 
+    def _described(self) -> VCenterInfo:
+        """Say which server this is; log out again where it does not say."""
+        about = self.content.about
+        try:
+            identity = about.instanceUuid or self._hardware_uuid()
+        except BaseException:
+            self.close()
+            raise
+        return VCenterInfo(
+            uuid=identity,
+            name=about.fullName,
+            version=about.version,
+            build=about.build,
+            is_vcenter=about.apiType == "VirtualCenter",
+        )
+
+    def _hardware_uuid(self) -> str:
+        """Return the hardware UUID of a lone ESXi host, which has no instance UUID. One round trip."""
+        kind, path = vmodl.query.PropertyCollector, "hardware.systemInfo.uuid"
+        wanted = kind.FilterSpec(
+            objectSet=[kind.ObjectSpec(obj=self.entity(vim.HostSystem, LONE_HOST))],
+            propSet=[kind.PropertySpec(type=vim.HostSystem, pathSet=[path])],
+        )
+        answer = self.content.propertyCollector.RetrievePropertiesEx([wanted], kind.RetrieveOptions())
+        return str(answer.objects[0].propSet[0].val)
+
     def _authenticated(self, method: Callable[[], T]) -> T:
         cookie = self.cookie
         try:
@@ -130,16 +157,6 @@ def _stub(connection: Connection, context: Any) -> Any:
         raise
     except Exception as error:  # pyvmomi raises bare Exception where it finds no version list
         raise ConnectionFailed(host=connection.address, why="it answers, but not as a vCenter or ESXi host") from error
-
-
-def _info(about: Any) -> VCenterInfo:
-    return VCenterInfo(
-        uuid=about.instanceUuid or "",
-        name=about.fullName,
-        version=about.version,
-        build=about.build,
-        is_vcenter=about.apiType == "VirtualCenter",
-    )
 
 
 @dataclass
