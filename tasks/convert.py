@@ -1,4 +1,4 @@
-"""Steps on this side: convert what one pass could not, verify by reading back, give the final names."""
+"""Steps on this side: convert what one pass could not, and verify by reading back."""
 
 from __future__ import annotations
 
@@ -13,33 +13,37 @@ from prefect.logging import get_run_logger
 from tasks.errors import IntegrityMismatch
 from tasks.images import qemu
 from tasks.images.digests import Digests
-from tasks.images.files import part_of
+from tasks.images.output import DiskFiles
 from tasks.images.verify import verify
-from tasks.models import Arrival, DiskFormat, DiskImage, ExportJob, ReadBack, VirtualMachine
+from tasks.models import Arrival, DiskImage, ExportJob, ImageFormat, ReadBack, VirtualMachine
 from tasks.steps import Meter, in_thread, metered
 
 
-async def land(vm: VirtualMachine, arrived: Arrival, folder: Path, options: ExportJob) -> DiskImage:
+async def land(vm: VirtualMachine, arrived: Arrival, files: DiskFiles, options: ExportJob) -> DiskImage:
     """Turn an arrived disk into an image of the format asked for, verified, still under its `.part` name.
 
+    An image that a killed run had given its final name already is adopted, if it is what arrived.
     Raises IntegrityMismatch, ToolFailed, DiskFull.
     """
-    part = arrived.raw_part
-    if options.format is DiskFormat.qcow2:
-        part = await convert(vm, arrived, folder)
-    verified: ReadBack = "skipped" if options.skip_readback else await read_back(vm, arrived, part, options.format)
+    image = files.final(options.format)
+    verified: ReadBack = "skipped"
+    adopted = image.exists()
+    if not adopted:
+        image = files.part(options.format)
+        if options.format == "qcow2":
+            await convert(vm, arrived, files.raw_part, image)
+    if adopted or not options.skip_readback:
+        verified = await read_back(vm, arrived, image, files.sidecar, options.format)
     return _image(arrived, options.format, verified)
 
 
 @task(name="convert", task_run_name="convert {vm.name} disk {arrived.disk.index}", cache_policy=NO_CACHE)
-async def convert(vm: VirtualMachine, arrived: Arrival, folder: Path) -> Path:
-    """Make `disk-<n>.qcow2.part` of the raw part, sparse where that is; return its path."""
+async def convert(vm: VirtualMachine, arrived: Arrival, raw: Path, part: Path) -> None:
+    """Make a qcow2 of the raw part, sparse where that is."""
     stop, disk = threading.Event(), arrived.disk
-    part = part_of(folder / f"disk-{disk.index}.qcow2")
-    label = f"convert {vm.name} disk {disk.index}"
-    async with metered(label, disk.capacity_bytes, key=f"convert-{vm.moref}-disk-{disk.index}") as meter:
-        await in_thread(_convert, stop, arrived.raw_part, part, meter, stop)
-    return part
+    label, key = f"convert {vm.name} disk {disk.index}", f"convert-{vm.moref}-disk-{disk.index}"
+    async with metered(label, disk.capacity_bytes, key=key) as meter:
+        await in_thread(_convert, stop, raw, part, meter, stop)
 
 
 def _convert(source: Path, part: Path, meter: Meter, stop: threading.Event) -> None:
@@ -48,26 +52,28 @@ def _convert(source: Path, part: Path, meter: Meter, stop: threading.Event) -> N
 
 
 @task(name="verify", task_run_name="verify {vm.name} disk {arrived.disk.index}", cache_policy=NO_CACHE)
-async def read_back(vm: VirtualMachine, arrived: Arrival, part: Path, image_format: DiskFormat) -> ReadBack:
+async def read_back(
+    vm: VirtualMachine, arrived: Arrival, image: Path, sidecar: Path, image_format: ImageFormat
+) -> ReadBack:
     """Read an image back through its own format and compare it leaf by leaf with what passed through memory."""
     stop, disk = threading.Event(), arrived.disk
-    label = f"verify {vm.name} disk {disk.index}"
-    async with metered(label, disk.capacity_bytes, key=f"verify-{vm.moref}-disk-{disk.index}") as meter:
-        verified = await in_thread(_verify, stop, part, image_format, arrived, meter, stop)
-    get_run_logger().info("verified vm=%s disk=%d path=%s readback=%s", vm.moref, disk.index, part, verified)
+    label, key = f"verify {vm.name} disk {disk.index}", f"verify-{vm.moref}-disk-{disk.index}"
+    async with metered(label, disk.capacity_bytes, key=key) as meter:
+        verified = await in_thread(_verify, stop, arrived, image, sidecar, image_format, meter, stop)
+    get_run_logger().info("verified vm=%s disk=%d path=%s readback=%s", vm.moref, disk.index, image, verified)
     return verified
 
 
 def _verify(
-    part: Path, image_format: DiskFormat, arrived: Arrival, meter: Meter, stop: threading.Event
+    arrived: Arrival, image: Path, sidecar: Path, image_format: ImageFormat, meter: Meter, stop: threading.Event
 ) -> Literal["direct", "cached"]:
-    with Digests.open(arrived.digests_part) as digests:
+    with Digests.open(sidecar) as digests:
         if digests.image_digest() != arrived.digest:
-            raise IntegrityMismatch(path=arrived.digests_part, where="the digests themselves changed on disk")
-        return verify(part, format=image_format.value, digests=digests, progress=meter.add, stop=stop)
+            raise IntegrityMismatch(path=sidecar, where="the digests themselves changed on disk")
+        return verify(image, format=image_format, digests=digests, progress=meter.add, stop=stop)
 
 
-def _image(arrived: Arrival, image_format: DiskFormat, verified: ReadBack) -> DiskImage:
+def _image(arrived: Arrival, image_format: ImageFormat, verified: ReadBack) -> DiskImage:
     disk = arrived.disk
     return DiskImage(
         index=disk.index,
@@ -76,7 +82,7 @@ def _image(arrived: Arrival, image_format: DiskFormat, verified: ReadBack) -> Di
         change_id=disk.change_id,
         source=disk.datastore_path,
         path=f"disk-{disk.index}.{image_format}",
-        format=image_format.value,
+        format=image_format,
         virtual_size=disk.capacity_bytes,
         digest=arrived.digest,
         bytes_transferred=arrived.bytes_transferred,

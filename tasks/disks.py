@@ -10,40 +10,60 @@ from prefect.logging import get_run_logger
 
 from blocks import VCenter
 from tasks.errors import UnsupportedDisk
-from tasks.models import Snapshot, VCenterInfo, VirtualDisk
+from tasks.models import Snapshot, VCenterInfo, VirtualDisk, VirtualMachine
 from tasks.steps import on_vcenter
-from tasks.vsphere.disks import snapshot_disks
+from tasks.vsphere.disks import powered_off_disks, snapshot_disks
+
+FLAT = "FlatVer2BackingInfo"
+REDO_LOG_ROADS = "The roads vddk, nfc_block and nfc_lease, not built yet, will read it"
+OTHER_ROADS = "The roads vddk and nfc_lease, not built yet, will read it"
 
 
-async def copyable_disks(vcenter: VCenter, server: VCenterInfo, snapshot: Snapshot) -> tuple[VirtualDisk, ...]:
-    """Return every disk of a snapshot, in the device list's order.
+async def copyable_disks(
+    vcenter: VCenter, server: VCenterInfo, vm: VirtualMachine, snapshot: Snapshot | None
+) -> tuple[VirtualDisk, ...]:
+    """Return every disk of a snapshot (None: of a VM that is off), in the device list's order.
 
     Raises UnsupportedDisk for the first that cannot be copied.
     """
-    disks = await enumerate_disks(vcenter, server, snapshot)
+    if snapshot:
+        disks = await enumerate_disks(vcenter, server, snapshot)
+    else:
+        disks = await on_vcenter(vcenter, powered_off_disks, vm)
+    quiesced = bool(snapshot and snapshot.quiesced)
     for disk in disks:
-        check_copyable(disk)
+        check_copyable(disk, quiesced=quiesced)
     if not disks:
         raise UnsupportedDisk(disk="The VM", reason="it has no disk", remedy="There is nothing to export")
     return disks
 
 
-def check_copyable(disk: VirtualDisk) -> None:
-    """Raise UnsupportedDisk, with the remedy, for a disk that the road `folder` cannot copy."""
-    name = f"{disk.label} ({disk.datastore_path or disk.backing})"
+def check_copyable(disk: VirtualDisk, *, quiesced: bool = False) -> None:
+    """Raise UnsupportedDisk, with the remedy, for a disk that the road `folder` cannot copy.
+
+    quiesced: whether its snapshot is, which on Windows (VSS) puts a second redo log above the frozen disk.
+    """
     if disk.problem:
-        raise UnsupportedDisk(disk=name, reason=disk.problem, remedy=disk.remedy)
+        raise UnsupportedDisk(disk=disk.title, reason=disk.problem, remedy=disk.remedy)
+    if disk.parents and quiesced:
+        raise UnsupportedDisk(
+            disk=disk.title,
+            reason="quiescing the guest left a second redo log in its snapshot (VSS), and the road folder reads flat "
+            f"files only. {REDO_LOG_ROADS}",
+            remedy="Run again without --quiesce, for a crash-consistent copy",
+        )
     if disk.parents:
         raise UnsupportedDisk(
-            disk=name,
-            reason="its snapshot is a chain of redo logs, and the road folder reads flat files only",
-            remedy="Remove the VM's older snapshots in vSphere (without quiescing, where a Windows guest makes them)",
+            disk=disk.title,
+            reason=f"its snapshot is a chain of redo logs, and the road folder reads flat files only. {REDO_LOG_ROADS}",
+            remedy="Copy from the VM's oldest snapshot (--vs-snapshot-moref), or remove its snapshots in vSphere",
         )
-    if disk.backing != "FlatVer2BackingInfo":
+    if disk.object_id or disk.backing != FLAT:
+        kind = f"a vSAN or vVol object ({disk.object_id})" if disk.object_id else f"a {disk.backing}"
         raise UnsupportedDisk(
-            disk=name,
-            reason=f"its backing {disk.backing} has no flat file, which is what the road folder reads",
-            remedy="Move it to a VMFS or NFS datastore (Storage vMotion) first",
+            disk=disk.title,
+            reason=f"it is {kind} without a flat file, which is what the road folder reads. {OTHER_ROADS}",
+            remedy="Move it to a VMFS or NFS datastore as a flat disk (Storage vMotion), then run again",
         )
 
 

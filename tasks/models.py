@@ -93,7 +93,7 @@ def split_address(text: str) -> tuple[str, int | None]:
 
 
 class VCenterInfo(Value):
-    """Which server answered: `ServiceContent.about`."""
+    """Which server answered: `ServiceContent.about`. `uuid`: vCenter's instance, or a lone ESXi host's hardware."""
 
     uuid: str
     name: str
@@ -145,12 +145,14 @@ class VirtualMachine(Value):
     controllers: tuple[Controller, ...] = ()
     nics: tuple[Nic, ...] = ()
     cbt_enabled: bool = False
+    change_version: str = ""
 
 
 class VirtualDisk(Value):
     """One disk of a snapshot. `index` is its place in the device list: the `<n>` of every `disk-<n>`.
 
     `datastore_path` is `[datastore] folder/x.vmdk`; `parents` the same of the backings below it, nearest first.
+    `object_id` names the vSAN or vVol object that the disk is; None for one that lies in files.
     `problem` and `remedy` say why no road of ours can copy it; None if one can.
     """
 
@@ -162,12 +164,18 @@ class VirtualDisk(Value):
     datastore_path: str
     capacity_bytes: int
     backing: str
+    object_id: str | None = None
     thin: bool = False
     uuid: str | None = None
     change_id: str | None = None
     parents: tuple[str, ...] = ()
     problem: str | None = None
     remedy: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What errors call it: `Hard disk 1 ([datastore1] web/web.vmdk)`."""
+        return f"{self.label} ({self.datastore_path or self.backing})"
 
 
 class Snapshot(Value):
@@ -204,6 +212,7 @@ class Arrival(Value):
     seconds: float
 
 
+ImageFormat = Literal["qcow2", "raw"]
 ReadBack = Literal["direct", "cached", "skipped"]
 
 
@@ -220,7 +229,7 @@ class DiskImage(Value):
     change_id: str | None
     source: str
     path: str
-    format: Literal["raw", "qcow2"]
+    format: ImageFormat
     virtual_size: int
     digest: str
     bytes_transferred: int
@@ -243,13 +252,6 @@ class Manifest(Value):
 
 
 # ── what an operator asks for ────────────────────────────────────────────────────────────────────────
-
-
-class DiskFormat(StrEnum):
-    """Image formats that KVM starts from."""
-
-    qcow2 = "qcow2"
-    raw = "raw"
 
 
 class ExportTransport(StrEnum):
@@ -287,8 +289,8 @@ class ExportJob(JobOptions):
 
     # The form that the Prefect UI shows is made of this; it shows neither examples nor comments.
 
-    format: DiskFormat = Field(
-        default=DiskFormat.qcow2,
+    format: ImageFormat = Field(
+        default="qcow2",
         title="Image format",
         description="qcow2 (thin, what libvirt prefers) or raw (sparse file).",
         examples=["qcow2"],

@@ -11,7 +11,8 @@ from prefect.cache_policies import NO_CACHE
 
 from blocks import VCenter
 from tasks.images.output import MANIFEST, land_all
-from tasks.models import DiskImage, ExportJob, Manifest, Snapshot, VCenterInfo, VirtualMachine
+from tasks.images.state import JobState
+from tasks.models import DiskImage, ExportJob, Manifest, Snapshot
 from tasks.steps import in_thread, quietly
 
 MIB = 1024 * 1024
@@ -30,31 +31,28 @@ async def commit(manifest: Manifest, folder: Path) -> None:
     await quietly(report)
 
 
-def manifest_of(
-    vcenter: VCenter,
-    server: VCenterInfo,
-    vm: VirtualMachine,
-    snapshot: Snapshot,
-    images: tuple[DiskImage, ...],
-    options: ExportJob,
-) -> Manifest:
-    """Return the manifest of a run whose disks have all landed."""
+def manifest_of(vcenter: VCenter, state: JobState, images: tuple[DiskImage, ...], options: ExportJob) -> Manifest:
+    """Return the manifest of a job whose disks have all landed."""
     return Manifest(
-        vcenter_uuid=server.uuid,
-        vm=vm,
-        snapshot=snapshot,
+        vcenter_uuid=state.vcenter_uuid,
+        vm=state.vm,
+        snapshot=state.snapshot,
         disks=images,
         consistent=True,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        warnings=tuple(_warnings(vcenter, snapshot, images, options)),
+        warnings=tuple(_warnings(vcenter, state.snapshot, images, options)),
     )
 
 
-def _warnings(vcenter: VCenter, snapshot: Snapshot, images: tuple[DiskImage, ...], options: ExportJob) -> list[str]:
+def _warnings(
+    vcenter: VCenter, snapshot: Snapshot | None, images: tuple[DiskImage, ...], options: ExportJob
+) -> list[str]:
     warnings = []
     if not vcenter.verify and not vcenter.thumbprint:
         warnings.append("The vCenter's certificate was not verified: the operator turned it off.")
-    if options.quiesce and not snapshot.quiesced:
+    if snapshot is None:
+        warnings.append("No snapshot was taken: the licence allows none, and the VM was off.")
+    elif options.quiesce and not snapshot.quiesced:
         warnings.append("The guest could not be quiesced: the copy is crash-consistent.")
     if any(image.verified == "skipped" for image in images):
         warnings.append("The images were not read back: the operator skipped it.")

@@ -1,51 +1,72 @@
-"""Step: a point in time to copy from, and its removal whatever happens."""
+"""Step: a point in time to copy from; removed at the end, or kept for the run that goes on with the job."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
+import httpx
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from blocks import VCenter
-from tasks.errors import Hyper2KvmError
+from tasks.errors import ConnectionFailed, Hyper2KvmError, LicenceForbids, TransferInterrupted
 from tasks.models import ExportJob, Snapshot, VirtualDisk, VirtualMachine
 from tasks.steps import on_vcenter, to_the_end
 from tasks.vsphere import snapshots
 from tasks.vsphere.disks import check_unchanged
+from tasks.vsphere.session import Session
 
 KEPT_FOR = timedelta(hours=24)
+PATIENCE_S = 15.0  # with a removal on the way out: a worker kills a run 30 s after it asked it to end
+# What says nothing against the copy so far: the source or Prefect's own server went away.
+INTERRUPTIONS = (TransferInterrupted, ConnectionFailed, PrefectException, httpx.HTTPError)
 
 
 @asynccontextmanager
 async def point_in_time(
-    vcenter: VCenter, vm: VirtualMachine, options: ExportJob, *, job_id: str
-) -> AsyncIterator[Snapshot]:
-    """Yield a snapshot for the block: the one that the options name, left alone, or one of ours, removed at its end.
+    vcenter: VCenter,
+    vm: VirtualMachine,
+    options: ExportJob,
+    *,
+    name: str,
+    before: Snapshot | None,
+    give_up: Callable[[], None],
+) -> AsyncIterator[Snapshot | None]:
+    """Yield a snapshot for the block: the one that the options name, left alone; else the job's own, of that name.
 
-    It is removed by its name, so that one whose making was cancelled half-way goes too. A failure to remove it
-    never hides what ended the block. Raises FenceClosed, SnapshotFailed, PermissionMissing, LicenceForbids.
+    `before` is the one that the job's state speaks of: it is gone on with, if it is still there. None is yielded for
+    a VM that is off, where the licence allows no snapshots. At the end ours is removed; after an interruption it is
+    kept, for the run that goes on with the job; after anything else `give_up` is called, and it is removed. It is
+    found by its name, so that one whose making was cancelled half-way goes too; a failure to remove it never hides
+    what ended the block. Raises FenceClosed, SnapshotFailed, PermissionMissing, LicenceForbids.
     """
-    if options.snapshot_moref:
-        yield await use_snapshot(vcenter, vm, options.snapshot_moref)
-        return
-    name = f"hyper2kvm-{job_id}"
     try:
-        yield await take_snapshot(
-            vcenter, vm, name, quiesce=options.quiesce, or_crash_consistent=options.allow_crash_consistent
-        )
+        if options.snapshot_moref:
+            yield await use_snapshot(vcenter, vm, options.snapshot_moref)
+        else:
+            yield await hold_snapshot(vcenter, vm, options, name=name, before=before)
+    except INTERRUPTIONS:
+        get_run_logger().warning("kept for the next run vm=%s snapshot=%s for=%s", vm.moref, name, KEPT_FOR)
+        raise
     except BaseException:
-        try:  # not as a task run: what ended the block may be the loss of Prefect's own server
-            await to_the_end(on_vcenter(vcenter, snapshots.drop_snapshot, vm, name=name))
-        except Hyper2KvmError as error:
-            get_run_logger().error("snapshot left behind vm=%s snapshot=%s error=%s", vm.moref, name, error)
+        give_up()
+        await to_the_end(_drop_on_the_way_out(vcenter, vm, name))
         raise
     await to_the_end(drop_snapshot(vcenter, vm, name))
+
+
+async def _drop_on_the_way_out(vcenter: VCenter, vm: VirtualMachine, name: str) -> None:
+    """Remove the snapshot, or see its removal started; no task run, since Prefect's server may be what is lost."""
+    try:
+        await on_vcenter(vcenter, snapshots.drop_snapshot, vm.moref, name=name, timeout_s=PATIENCE_S)
+    except Hyper2KvmError as error:
+        get_run_logger().error("snapshot not seen removed vm=%s snapshot=%s error=%s", vm.moref, name, error)
 
 
 @task(name="use-snapshot", task_run_name="use {moref} of {vm.name}", cache_policy=NO_CACHE)
@@ -55,34 +76,58 @@ async def use_snapshot(vcenter: VCenter, vm: VirtualMachine, moref: str) -> Snap
 
 
 @task(name="snapshot", task_run_name="snapshot {vm.name}", cache_policy=NO_CACHE)
-async def take_snapshot(
-    vcenter: VCenter, vm: VirtualMachine, name: str, *, quiesce: bool, or_crash_consistent: bool
+async def hold_snapshot(
+    vcenter: VCenter, vm: VirtualMachine, options: ExportJob, *, name: str, before: Snapshot | None
+) -> Snapshot | None:
+    """Return the job's own snapshot: the one it had `before`, else a new one; None where a VM that is off has none."""
+    log = get_run_logger()
+    try:
+        held = await on_vcenter(vcenter, _hold, vm, options, name=name, description=_description(), before=before)
+    except LicenceForbids as error:
+        if vm.power_state != "poweredOff":
+            raise
+        log.warning("no snapshot vm=%s: %s; it is off, and copied as it is", vm.moref, error.cause)
+        return None
+    words = "gone on with" if held == before else "taken"
+    log.info("snapshot %s vm=%s snapshot=%s quiesced=%s", words, vm.moref, held.moref, held.quiesced)
+    return held
+
+
+def _hold(
+    session: Session,
+    vm: VirtualMachine,
+    options: ExportJob,
+    *,
+    name: str,
+    description: str,
+    before: Snapshot | None,
 ) -> Snapshot:
-    """Check the fence, then make a snapshot; crash-consistent instead of quiesced only where that is allowed."""
-    snapshot = await on_vcenter(
-        vcenter,
-        snapshots.take_snapshot,
+    there = snapshots.find_snapshot(session, vm.moref, name=name)
+    if there and there == before:
+        return there
+    if there:  # of a run that ended before it could say what it holds
+        snapshots.drop_snapshot(session, vm.moref, name=name)
+    return snapshots.take_snapshot(
+        session,
         vm,
         name=name,
-        description=_description(),
-        quiesce=quiesce,
-        or_crash_consistent=or_crash_consistent,
+        description=description,
+        quiesce=options.quiesce,
+        or_crash_consistent=options.allow_crash_consistent,
     )
-    get_run_logger().info("snapshot taken vm=%s snapshot=%s quiesced=%s", vm.moref, snapshot.moref, snapshot.quiesced)
-    return snapshot
 
 
 @task(name="remove-snapshot", task_run_name="remove snapshot of {vm.name}", cache_policy=NO_CACHE)
 async def drop_snapshot(vcenter: VCenter, vm: VirtualMachine, name: str) -> None:
     """Remove the VM's snapshot of that name, if there is one, and wait for its consolidation."""
-    await on_vcenter(vcenter, snapshots.drop_snapshot, vm, name=name)
+    await on_vcenter(vcenter, snapshots.drop_snapshot, vm.moref, name=name)
 
 
 @task(name="check-snapshot", task_run_name="check snapshot of {vm.name}", cache_policy=NO_CACHE)
 async def check_snapshot(
-    vcenter: VCenter, vm: VirtualMachine, snapshot: Snapshot, disks: tuple[VirtualDisk, ...]
+    vcenter: VCenter, vm: VirtualMachine, snapshot: Snapshot | None, disks: tuple[VirtualDisk, ...]
 ) -> None:
-    """Raise SnapshotChanged unless, after the last byte, the snapshot is what it was before the first."""
+    """Raise SnapshotChanged unless, after the last byte, the disks are frozen as they were before the first."""
     await on_vcenter(vcenter, check_unchanged, vm, snapshot, disks)
 
 

@@ -125,6 +125,10 @@ class Meter:
         with self._lock:
             self.done_bytes += count
 
+    def expect(self, total_bytes: int) -> None:
+        """Say how much there really is to do: less than was thought, where an earlier run did a part."""
+        self.total_bytes = total_bytes
+
     def percent(self, value: float) -> None:
         """Set the progress, 0 to 100."""
         self.done_bytes = int(self.total_bytes * value / 100)

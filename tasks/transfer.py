@@ -1,10 +1,9 @@
-"""Step: one disk, by the road chosen, into a raw image; read back."""
+"""Step: one disk, by the road chosen, into a raw part; what an earlier run left of it is gone on with."""
 
 from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -12,62 +11,63 @@ from prefect.logging import get_run_logger
 
 from blocks import VCenter
 from tasks.images.copy import CopyResult, copy
-from tasks.images.digests import Digests
-from tasks.images.extents import whole_disk
-from tasks.images.files import part_of
-from tasks.images.raw import RawWriter
-from tasks.models import Arrival, Connection, VirtualDisk, VirtualMachine
+from tasks.images.output import DiskFiles
+from tasks.images.state import JobState
+from tasks.images.target import open_target
+from tasks.models import Arrival, Connection, VirtualDisk
 from tasks.steps import Meter, connection_of, in_thread, metered
 from tasks.transports.folder import FolderDisk, FolderReader
 from tasks.vsphere.session import borrow
 
 
-@task(name="transfer", task_run_name="transfer {vm.name} disk {disk.index}", cache_policy=NO_CACHE)
-async def transfer(vcenter: VCenter, vm: VirtualMachine, disk: VirtualDisk, folder: Path) -> Arrival:
-    """Copy one disk of a snapshot to `disk-<n>.raw.part`, with the digests of what passed through memory.
+@task(name="transfer", task_run_name="transfer {job.vm.name} disk {disk.index}", cache_policy=NO_CACHE)
+async def transfer(vcenter: VCenter, job: JobState, disk: VirtualDisk, files: DiskFiles) -> Arrival:
+    """Copy one disk of a job to its raw part, with the digests of what passed through memory, and a journal.
 
     Cancelled, it returns only when no thread of it reads or writes any more.
     Raises FileLocked, UnsupportedDisk, TransferInterrupted, DiskFull, IntegrityMismatch, SessionExpired, ….
     """
     stop, started = threading.Event(), time.monotonic()
-    raw, digests = part_of(folder / f"disk-{disk.index}.raw"), part_of(folder / f"disk-{disk.index}.digests")
-    label = f"transfer {vm.name} disk {disk.index}"
-    async with metered(label, disk.capacity_bytes, key=f"transfer-{vm.moref}-disk-{disk.index}") as meter:
-        result = await in_thread(_copy, stop, connection_of(vcenter), vm, disk, raw, digests, meter, stop)
+    label, key = f"transfer {job.vm.name} disk {disk.index}", f"transfer-{job.vm.moref}-disk-{disk.index}"
+    async with metered(label, disk.capacity_bytes, key=key) as meter:
+        result = await in_thread(_copy, stop, connection_of(vcenter), job, disk, files, meter, stop)
     seconds = time.monotonic() - started
     get_run_logger().info(
-        "transferred vm=%s disk=%d bytes=%d seconds=%.1f", vm.moref, disk.index, result.bytes_transferred, seconds
+        "transferred vm=%s disk=%d bytes=%d seconds=%.1f", job.vm.moref, disk.index, result.bytes_transferred, seconds
     )
     return Arrival(
-        disk=disk,
-        raw_part=raw,
-        digests_part=digests,
-        digest=result.digest,
-        bytes_transferred=result.bytes_transferred,
-        road="folder",
-        seconds=seconds,
+        disk=disk, digest=result.digest, bytes_transferred=result.bytes_transferred, road="folder", seconds=seconds
     )
 
 
 def _copy(
-    connection: Connection,
-    vm: VirtualMachine,
-    disk: VirtualDisk,
-    raw: Path,
-    sidecar: Path,
-    meter: Meter,
-    stop: threading.Event,
+    connection: Connection, job: JobState, disk: VirtualDisk, files: DiskFiles, meter: Meter, stop: threading.Event
 ) -> CopyResult:
-    source = FolderDisk(
-        connection=connection,
-        datacenter_path=vm.datacenter_path,
-        datastore_path=disk.datastore_path,
-        capacity_bytes=disk.capacity_bytes,
-    )
+    source = FolderDisk.of(disk, vm=job.vm, connection=connection)
     with (
         borrow(connection) as session,
         FolderReader(source, cookie=lambda: session.cookie, renew=session.renew) as reader,
-        RawWriter.create(raw, size=reader.size) as writer,
-        Digests.create(sidecar, size=reader.size) as digests,
+        open_target(files, size=reader.size, binding=_binding(job, disk), stop=stop) as target,
     ):
-        return copy(reader, whole_disk(reader.size), writer, digests=digests, progress=meter.add, stop=stop)
+        meter.expect(sum(extent.length for extent in target.missing))
+        return copy(
+            reader,
+            target.missing,
+            target.writer,
+            digests=target.digests,
+            journal=target.journal,
+            progress=meter.add,
+            stop=stop,
+        )
+
+
+def _binding(job: JobState, disk: VirtualDisk) -> dict[str, str | int]:
+    """Return what a journal must be of, to be gone on with: this disk of this VM at this point in time."""
+    point = f"{job.snapshot.moref} of {job.snapshot.created}" if job.snapshot else f"off, {job.vm.change_version}"
+    return {
+        "vcenter": job.vcenter_uuid,
+        "vm": job.vm.instance_uuid,
+        "disk": disk.uuid or disk.datastore_path,
+        "point": point,
+        "bytes": disk.capacity_bytes,
+    }

@@ -7,9 +7,11 @@ from typing import Any
 
 from pyVmomi import vim
 
-from tasks.errors import FenceClosed, VsphereFault
+from tasks.errors import FenceClosed, UnsupportedDisk, VsphereFault
 from tasks.models import Controller, Nic, VirtualMachine
 from tasks.vsphere import names
+from tasks.vsphere.disks import disks_among
+from tasks.vsphere.names import label_of, type_name
 from tasks.vsphere.properties import ancestors, retrieve
 from tasks.vsphere.session import Session
 
@@ -25,6 +27,7 @@ _PROPERTIES = (
     "config.hardware.numCPU",
     "config.hardware.memoryMB",
     "config.changeTrackingEnabled",
+    "config.changeVersion",
     "guest.net",
     "guest.ipAddress",
 )
@@ -44,17 +47,17 @@ def describe_vm(session: Session, moref: str) -> VirtualMachine:
             fault=f"it does not know its {', '.join(missing)} (an orphaned or inaccessible VM)",
             remedy="Look at the VM's state in vSphere; register it again if it is orphaned",
         )
-    host, parent = found["runtime.host"], found.get("parent") or found.get("parentVApp")
-    known = ancestors(session, [each for each in (host, parent) if each is not None])
-    known[vm] = {"name": found["name"], "parent": parent}
+    host, home = found["runtime.host"], names.home(found)
+    known = ancestors(session, [each for each in (host, home) if each is not None])
+    known[vm] = {"name": found["name"], "parent": home}
     return VirtualMachine(**_identity(vm, found), **_place(session, vm, host, known), **_hardware(found))
 
 
 def check_fence(session: Session, vm: VirtualMachine) -> None:
-    """Refuse (FenceClosed) a VM whose state forbids a snapshot that can be copied: before it is taken.
+    """Refuse a VM of which a snapshot would be of no use, before it is taken.
 
     A pending consolidation, or live disks with parents (somebody's snapshots), would put the bytes into files
-    that are not the ones we read.
+    that are not the ones we read: FenceClosed. A disk that no snapshot holds, or no road reads: UnsupportedDisk.
     """
     entity = session.entity(vim.VirtualMachine, vm.moref)
     found = retrieve(session, [entity], ("runtime.consolidationNeeded", "config.hardware.device")).get(entity, {})
@@ -64,12 +67,13 @@ def check_fence(session: Session, vm: VirtualMachine) -> None:
             reason="vSphere says that its disks need consolidation",
             remedy="Consolidate it in vSphere first (Snapshots > Consolidate)",
         )
-    for device in found.get("config.hardware.device", ()):
-        backing: Any = device.backing
-        if isinstance(device, vim.vm.device.VirtualDisk) and getattr(backing, "parent", None):
+    for disk in disks_among(found.get("config.hardware.device", ())):
+        if disk.problem:
+            raise UnsupportedDisk(disk=disk.title, reason=disk.problem, remedy=disk.remedy)
+        if disk.parents:
             raise FenceClosed(
                 vm=vm.name,
-                reason=f"{label_of(device)} runs on a snapshot already ({backing.fileName})",
+                reason=f"{disk.label} runs on a snapshot already ({disk.datastore_path})",
                 remedy="Remove the VM's snapshots in vSphere, or copy from one of them (--vs-snapshot-moref)",
             )
 
@@ -86,6 +90,7 @@ def _identity(vm: Any, found: Mapping[str, Any]) -> dict[str, Any]:
         "guest_id": found.get("config.guestId", ""),
         "guest_addresses": tuple(addresses or filter(None, [found.get("guest.ipAddress")])),
         "cbt_enabled": bool(found.get("config.changeTrackingEnabled")),
+        "change_version": found.get("config.changeVersion", ""),
     }
 
 
@@ -96,7 +101,7 @@ def _place(session: Session, vm: Any, host: Any, known: Mapping[Any, Mapping[str
         "datacenter_path": names.inventory_path(datacenter, known),
         "host_path": names.inventory_path(host, known),
         "host_name": names.shown(known[host]["name"]),
-        "vpx_uri": names.vpx_uri(session.connection, host, known),
+        "vpx_uri": names.libvirt_uri(session.connection, host, known, lone_host=not session.info.is_vcenter),
     }
 
 
@@ -117,16 +122,6 @@ _CONTROLLERS = (
     vim.vm.device.VirtualIDEController,
     vim.vm.device.VirtualNVMEController,
 )
-
-
-def type_name(thing: Any) -> str:
-    """Return the vSphere type of an object: `ParaVirtualSCSIController`."""
-    return type(thing).__name__.rpartition(".")[2]
-
-
-def label_of(device: Any) -> str:
-    """Return a virtual device's name in the vSphere client: `Hard disk 1`."""
-    return device.deviceInfo.label if device.deviceInfo else f"device {device.key}"
 
 
 def _controller(device: Any) -> Controller:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pyVmomi import vim, vmodl
 
-from tasks.errors import ConnectionFailed, InvalidInput, SnapshotChanged, SnapshotFailed, VsphereFault
+from tasks.errors import ConnectionFailed, FenceClosed, InvalidInput, SnapshotChanged, SnapshotFailed, VsphereFault
 from tasks.models import Snapshot, VirtualMachine
 from tasks.vsphere.faults import caused_by, describe
 from tasks.vsphere.machine import check_fence
@@ -22,6 +22,7 @@ from tasks.vsphere.tasks import run_task
 CREATE_TIMEOUT_S = 15 * 60.0  # quiescing may wait for VSS writers
 REMOVE_TIMEOUT_S = 4 * 3600.0  # merging a large delta
 
+NAME_PREFIX = "hyper2kvm-"  # a job's id follows
 QUIESCE_FAULTS = (vim.fault.ApplicationQuiesceFault, vim.fault.FilesystemQuiesceFault, vim.fault.ToolsUnavailable)
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def take_snapshot(
 
     Raises FenceClosed, SnapshotFailed, PermissionMissing, LicenceForbids.
     """
+    _refuse_another_jobs(session, vm)
     check_fence(session, vm)
     try:
         return create_snapshot(session, vm, name=name, description=description, quiesce=quiesce)
@@ -42,6 +44,16 @@ def take_snapshot(
             raise
         log.warning("quiescing failed vm=%s fault=%s; taking a crash-consistent snapshot", vm.moref, error.fault)
     return create_snapshot(session, vm, name=name, description=description, quiesce=False)
+
+
+def _refuse_another_jobs(session: Session, vm: VirtualMachine) -> None:
+    for node in _tree(session, vm.moref):
+        if node.name.startswith(NAME_PREFIX):
+            raise FenceClosed(
+                vm=vm.name,
+                reason=f"another job of ours is at work on it, or left its snapshot {node.name} ({node.description})",
+                remedy="Run that job again, to the same output folder, to its end; or remove the snapshot in vSphere",
+            )
 
 
 def create_snapshot(session: Session, vm: VirtualMachine, *, name: str, description: str, quiesce: bool) -> Snapshot:
@@ -65,20 +77,20 @@ def create_snapshot(session: Session, vm: VirtualMachine, *, name: str, descript
     except ConnectionFailed as error:
         log.warning("answer lost action=create-snapshot vm=%s; looking whether it arrived", vm.moref)
         lost = error
-    made = find_snapshot(session, vm, name=name)
+    made = find_snapshot(session, vm.moref, name=name)
     if made is None:
         raise lost or SnapshotChanged(snapshot=name, vm=vm.name, reason="it was gone as soon as it was made")
     return made
 
 
-def find_snapshot(session: Session, vm: VirtualMachine, *, name: str) -> Snapshot | None:
+def find_snapshot(session: Session, vm_moref: str, *, name: str) -> Snapshot | None:
     """Return the VM's snapshot of that name, as ours, or None. One round trip."""
-    return next((_value(node, ours=True) for node in _tree(session, vm) if node.name == name), None)
+    return next((_value(node, ours=True) for node in _tree(session, vm_moref) if node.name == name), None)
 
 
 def existing_snapshot(session: Session, vm: VirtualMachine, moref: str) -> Snapshot:
     """Return a snapshot that exists, to be read and left alone. Raises InvalidInput with what there is instead."""
-    there = list(_tree(session, vm))
+    there = list(_tree(session, vm.moref))
     for node in there:
         if node.snapshot._moId == moref:
             return _value(node, ours=False)
@@ -88,31 +100,28 @@ def existing_snapshot(session: Session, vm: VirtualMachine, moref: str) -> Snaps
     )
 
 
-def drop_snapshot(session: Session, vm: VirtualMachine, *, name: str) -> None:
+def drop_snapshot(session: Session, vm_moref: str, *, name: str, timeout_s: float = REMOVE_TIMEOUT_S) -> None:
     """Remove the VM's snapshot of that name and wait for its consolidation; one that is gone is what was wanted.
 
+    Past `timeout_s` VsphereFault is raised, and the consolidation goes on.
     Source: VirtualMachineSnapshot.RemoveSnapshot_Task.
     """
-    snapshot = find_snapshot(session, vm, name=name)
+    snapshot = find_snapshot(session, vm_moref, name=name)
     if snapshot is None:
         return
     entity = session.entity(vim.vm.Snapshot, snapshot.moref)
+    action = f"the removal of snapshot {snapshot.name}"
     try:
-        run_task(
-            session,
-            f"the removal of snapshot {snapshot.name}",
-            lambda: entity.RemoveSnapshot_Task(False, True),
-            timeout_s=REMOVE_TIMEOUT_S,
-        )
+        run_task(session, action, lambda: entity.RemoveSnapshot_Task(False, True), timeout_s=timeout_s)
     except VsphereFault as error:
         if not caused_by(error, vmodl.fault.ManagedObjectNotFound):
             raise
-    log.info("snapshot removed vm=%s snapshot=%s", vm.moref, snapshot.moref)
+    log.info("snapshot removed vm=%s snapshot=%s", vm_moref, snapshot.moref)
 
 
-def _tree(session: Session, vm: VirtualMachine) -> Iterator[Any]:
+def _tree(session: Session, vm_moref: str) -> Iterator[Any]:
     """Yield the nodes of the VM's snapshot tree, parents first."""
-    entity = session.entity(vim.VirtualMachine, vm.moref)
+    entity = session.entity(vim.VirtualMachine, vm_moref)
     info = retrieve(session, [entity], ("snapshot",)).get(entity, {}).get("snapshot")
     waiting = list(info.rootSnapshotList) if info else []
     while waiting:

@@ -105,7 +105,7 @@ def test_enumerate():
             live, vm, name="hyper2kvm-cassette", description="{}", quiesce=False, or_crash_consistent=False
         )
         disks = snapshot_disks(live, taken)
-        snapshots.drop_snapshot(live, vm, name=taken.name)
+        snapshots.drop_snapshot(live, vm.moref, name=taken.name)
     assert [disk.index for disk in disks] == [0, 1]
     assert [disk.datastore_path for disk in disks] == ["[datastore1] web/web.vmdk", "[datastore1] web/web_1.vmdk"]
     assert {disk.capacity_bytes for disk in disks} == {1 << 20}

@@ -277,6 +277,30 @@ def test_cancelling_in_the_ui_leaves_no_snapshot(product: Product, tmp_path: Pat
     product.await_state(run, "Cancelled", timeout_s=60)
     product.lab.post("/faults", clear=True)
     check_nothing_left(product.lab)
+    assert {path.name for path in (tmp_path / "exports" / VM).iterdir()} == {".hyper2kvm.lock"}
+
+
+def test_a_retry_in_the_ui_goes_on_where_the_run_was_cut_off(product: Product, tmp_path: Path) -> None:
+    lab, mib = product.lab, 1 << 20
+    lab.post("/stats/reset")
+    lab.post("/faults", throttle_bytes_per_s=64 * mib)
+    run = product.start(tmp_path / "exports")
+    await_that(lambda: lab.stats()["bytes_served"] > 200 * mib, RUN_TIMEOUT_S, lambda: "no bytes" + product.logs())
+    lab.post("/faults", folder_503=100_000)
+    failed = product.await_state(run, "Failed", timeout_s=240)
+    assert "TransferInterrupted" in failed["state"]["message"]
+    lab.post("/faults", clear=True)
+    check_kept(lab)
+    product.api(f"flow_runs/{run}/set_state", state={"type": "SCHEDULED", "name": "AwaitingRetry"}, force=True)
+    product.await_state(run, "Completed")
+    check_export(lab, tmp_path / "exports", tmp_path)
+    assert lab.stats()["bytes_served"] < (512 + 2 * 64) * mib
+
+
+def check_kept(lab: Lab) -> None:
+    """A run that was cut off keeps its one snapshot, for the one that goes on, and no session."""
+    await_that(lambda: lab.stats()["live_sessions"] == 0, 10, lambda: f"a session is left: {lab.stats()}")
+    assert lab.stats()["open_snapshots"] == 1
 
 
 def test_up_mends_what_died(product: Product) -> None:

@@ -170,17 +170,17 @@ def test_a_snapshot_is_made_found_described_and_removed(site):
         made = snapshots.take_snapshot(
             live, vm, name="hyper2kvm-test", description="x", quiesce=True, or_crash_consistent=False
         )
-        assert snapshots.find_snapshot(live, vm, name="hyper2kvm-test") == made
+        assert snapshots.find_snapshot(live, vm.moref, name="hyper2kvm-test") == made
         disks = snapshot_disks(live, made)
         assert [disk.datastore_path for disk in disks] == ["[datastore1] web/web.vmdk"]
         assert disks[0].parents == ()
         check_unchanged(live, vm, made, disks)
         with pytest.raises(errors.FenceClosed):
             machine.check_fence(live, vm)
-        snapshots.drop_snapshot(live, vm, name="hyper2kvm-test")
+        snapshots.drop_snapshot(live, vm.moref, name="hyper2kvm-test")
         with pytest.raises(errors.SnapshotChanged, match="it is gone"):
             check_unchanged(live, vm, made, disks)
-        snapshots.drop_snapshot(live, vm, name="hyper2kvm-test")
+        snapshots.drop_snapshot(live, vm.moref, name="hyper2kvm-test")
     assert_nothing_left(site)
 
 
@@ -241,5 +241,5 @@ def test_govc_sees_the_machines_and_our_snapshot(site):
         made = snapshots.create_snapshot(live, vm, name="hyper2kvm-seen", description="", quiesce=False)
         assert "hyper2kvm-seen" in site.govc("snapshot.tree", "-vm", vm.inventory_path)
         assert vm.inventory_path in site.govc("find", "/", "-type", "m").splitlines()
-        snapshots.drop_snapshot(live, vm, name=made.name)
+        snapshots.drop_snapshot(live, vm.moref, name=made.name)
     assert "hyper2kvm-seen" not in site.govc("snapshot.tree", "-vm", vm.inventory_path)

@@ -44,8 +44,8 @@ def test_connect_list_resolve_snapshot_and_enumerate(plain):
             disks = snapshot_disks(live, made)
             assert [disk.backing for disk in disks] == ["FlatVer2BackingInfo"]
             check_unchanged(live, vm, made, disks)
-            snapshots.drop_snapshot(live, vm, name="hyper2kvm-plain")
-            assert snapshots.find_snapshot(live, vm, name="hyper2kvm-plain") is None
+            snapshots.drop_snapshot(live, vm.moref, name="hyper2kvm-plain")
+            assert snapshots.find_snapshot(live, vm.moref, name="hyper2kvm-plain") is None
 
 
 async def test_an_export_finds_its_disks_empty_and_says_so(plain, prefect_api, tmp_path):

@@ -8,7 +8,6 @@ from pydantic import SecretStr, ValidationError
 from tasks.errors import InvalidInput, NotBuilt
 from tasks.models import (
     Connection,
-    DiskFormat,
     ExportJob,
     ExportOptions,
     Trust,
@@ -90,7 +89,7 @@ def test_the_sources_options_become_the_modes_own():
     options = ExportOptions(vm_name="web", output_dir="/data", export_mode="export", transport="folder", format="raw")
     job = options.job()
     assert isinstance(job, ExportJob)
-    assert (job.vm_name, str(job.output_dir), job.transport, job.format) == ("web", "/data", "folder", DiskFormat.raw)
+    assert (job.vm_name, str(job.output_dir), job.transport, job.format) == ("web", "/data", "folder", "raw")
 
 
 @pytest.mark.parametrize(

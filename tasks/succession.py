@@ -1,0 +1,95 @@
+"""What a run owes to the one before it, and to the one after: a dead run is closed, what nobody will use is removed.
+
+Prefect's word that a run crashed is no proof that it is dead: the job's lock is, which ends with its process.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect import Flow, State
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import ObjectNotFound
+from prefect.logging import get_run_logger
+from prefect.logging.loggers import flow_run_logger
+from prefect.states import Crashed
+
+from blocks import VCenter
+from tasks.images.job import job_lock, last_holder, lock_holder
+from tasks.images.state import discard, read_state
+from tasks.models import ExportJob
+from tasks.steps import on_vcenter, quietly
+from tasks.vsphere.snapshots import drop_snapshot
+
+
+async def close_predecessor(holder: dict[str, str] | None, *, ours: str) -> None:
+    """Have the run that held the job before, and died without a word, count as crashed.
+
+    holder: what its lock file says (`flow_run_id`); `ours` is this run's id: the same for a retry.
+    """
+    run_id = (holder or {}).get("flow_run_id")
+    if run_id and run_id != ours:
+        await quietly(_close(UUID(run_id)))
+
+
+async def _close(run_id: UUID) -> None:
+    async with get_client() as client:
+        try:
+            run = await client.read_flow_run(run_id)
+        except ObjectNotFound:
+            return  # it ran under another server
+        if run.state and run.state.is_running():
+            message = "Its process died; another run went on with its job."
+            await client.set_flow_run_state(run_id, Crashed(message=message), force=True)
+            get_run_logger().warning("closed a dead run flow_run=%s", run_id)
+
+
+async def clean_up(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Hook for the end of a run that did not complete: see that nothing is left which no other run will use.
+
+    The flow's own `finally` has done so, unless it was killed. A resumable job keeps its one snapshot, except when
+    it was cancelled: nobody will go on with that. May run in another process, and more than once.
+    """
+    log = flow_run_logger(flow_run, flow)
+    vcenter = await _saved_vcenter(flow_run.parameters.get("vcenter"))
+    options = ExportJob.model_validate(flow_run.parameters["options"])
+    for folder, holder in _left_by(str(flow_run.id), options.output_dir):
+        if lock_holder(folder):
+            log.warning("another run is at work on it folder=%s", folder)
+        elif read_state(folder) and not state.is_cancelled():
+            log.warning("kept for the next run folder=%s", folder)
+        elif vcenter is None:
+            log.warning("not looked for a snapshot: the run's vCenter was not a saved block folder=%s", folder)
+        else:
+            await _remove(vcenter, folder, holder)
+            log.info("seen removed vm=%s snapshot=%s", holder["vm"], holder["snapshot"])
+
+
+def _left_by(run_id: str, output_dir: Path) -> list[tuple[Path, dict[str, str]]]:
+    """Return the job folders whose last holder was that run, with what it wrote of itself."""
+    found = []
+    for folder in output_dir.expanduser().absolute().glob("*/"):
+        holder = last_holder(folder)
+        if holder and holder.get("flow_run_id") == run_id:
+            found.append((folder, holder))
+    return found
+
+
+async def _remove(vcenter: VCenter, folder: Path, holder: dict[str, str]) -> None:
+    with job_lock(folder, holder):
+        discard(folder)
+        await on_vcenter(vcenter, drop_snapshot, holder["vm"], name=holder["snapshot"])
+
+
+async def _saved_vcenter(parameter: Any) -> VCenter | None:
+    """Return the saved block that a parameter refers to; None for one given by value, whose secrets are masked."""
+    reference = parameter.get("$ref") if isinstance(parameter, dict) else None
+    document_id = reference.get("block_document_id") if isinstance(reference, dict) else reference
+    if not document_id:
+        return None
+    async with get_client() as client:
+        document = await client.read_block_document(UUID(str(document_id)), include_secrets=True)
+    return VCenter._from_block_document(document)
