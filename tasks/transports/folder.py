@@ -46,10 +46,10 @@ PROBE_WAIT_S = 1.0  # doubles, at random
 LONGEST_RETRY_AFTER_S = 30.0
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 
-OTHER_ROADS = "The roads vddk and nfc_lease read such a disk"
+OTHER_ROADS = "The roads vddk and nfc_lease, not built yet, will read such a disk"
 UNLOCK = (
-    "A host keeps a running VM's disks to itself: copy from a snapshot, or power the VM off; "
-    "where the base under a snapshot is locked too (ESXi 8 on VMFS), take the road vddk or nfc_lease"
+    "A host keeps a running VM's disks to itself: copy from a snapshot, or power the VM off; where the base under a "
+    "snapshot is locked too (ESXi 8 on VMFS), power it off, or wait for the roads vddk and nfc_lease"
 )
 
 _log = logging.getLogger(__name__)
