@@ -27,7 +27,7 @@ def test_demo_exports_a_running_vm_and_leaves_nothing_behind() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     for line in (
-        r"VM production-web is running with 2 disks; its guest keeps writing",
+        r"VM production-web runs, with 2 disks; its guest keeps writing",
         r"disk-0\.qcow2: equal to the guest's disk at the snapshot; qemu-img check clean",
         r"disk-1\.qcow2: equal to the guest's disk at the snapshot; qemu-img check clean",
         r"snapshots left: 0, sessions left: 0, logins: 1",

@@ -297,6 +297,23 @@ def test_a_retry_in_the_ui_goes_on_where_the_run_was_cut_off(product: Product, t
     assert lab.stats()["bytes_served"] < (512 + 2 * 64) * mib
 
 
+def test_a_run_killed_under_the_worker_is_gone_on_with(product: Product, tmp_path: Path) -> None:
+    lab, mib = product.lab, 1 << 20
+    lab.post("/stats/reset")
+    lab.post("/faults", throttle_bytes_per_s=64 * mib)
+    run = product.start(tmp_path / "exports")
+    await_that(lambda: lab.stats()["bytes_served"] > 300 * mib, RUN_TIMEOUT_S, lambda: "no bytes" + product.logs())
+    holder = json.loads((tmp_path / "exports" / VM / ".hyper2kvm.lock").read_text())
+    os.kill(int(holder["pid"]), signal.SIGKILL)
+    product.await_state(run, "Crashed")
+    lab.post("/faults", clear=True)
+    assert lab.stats()["open_snapshots"] == 1
+    product.await_state(product.start(tmp_path / "exports"), "Completed")
+    lab.post("/faults", expire_sessions=True)  # the dead run's session is the server's to time out
+    check_export(lab, tmp_path / "exports", tmp_path)
+    assert lab.stats()["bytes_served"] < (512 + 2 * 64) * mib
+
+
 def check_kept(lab: Lab) -> None:
     """A run that was cut off keeps its one snapshot, for the one that goes on, and no session."""
     await_that(lambda: lab.stats()["live_sessions"] == 0, 10, lambda: f"a session is left: {lab.stats()}")
