@@ -13,11 +13,11 @@ from tasks.connect import connected
 from tasks.convert import land
 from tasks.disks import copyable_disks
 from tasks.errors import InvalidInput
-from tasks.images.files import need_space, safe_name
+from tasks.images.files import allocated_bytes, need_space, safe_name
 from tasks.images.job import job_id, job_lock, last_holder
 from tasks.images.output import DiskFiles, refuse_existing
 from tasks.images.state import JobState, discard, read_state, write_state
-from tasks.models import ExportJob, Manifest, VCenterInfo, VirtualMachine
+from tasks.models import ExportJob, Manifest, VCenterInfo, VirtualDisk, VirtualMachine
 from tasks.probe import probe
 from tasks.report import commit, manifest_of
 from tasks.resolve import resolve
@@ -88,7 +88,7 @@ async def _arrived(
     before, give_up = state.snapshot if state else None, partial(discard, folder)
     async with point_in_time(vcenter, vm, options, name=snapshot_name, before=before, give_up=give_up) as snapshot:
         disks = await copyable_disks(vcenter, server, vm, snapshot)
-        need_space(folder, sum(disk.capacity_bytes for disk in disks))
+        need_space(folder, sum(_sure_to_take(disk, DiskFiles(folder, disk.index)) for disk in disks))
         await probe(vcenter, vm, disks)
         state = JobState(
             job_id=snapshot_name.removeprefix(NAME_PREFIX),
@@ -105,6 +105,11 @@ async def _arrived(
         state = state.model_copy(update={"arrivals": tuple(arrivals)})
         write_state(folder, state)
     return state
+
+
+def _sure_to_take(disk: VirtualDisk, files: DiskFiles) -> int:
+    """Return how many more bytes a disk is sure to take here: what a thin one holds is not known beforehand."""
+    return 0 if disk.thin else max(0, disk.capacity_bytes - allocated_bytes(files.raw_part))
 
 
 async def _landed(vcenter: VCenter, state: JobState, folder: Path, options: ExportJob, snapshot_name: str) -> Manifest:

@@ -36,6 +36,7 @@ TWO_SITES = {
                 {"name": "twin", "folder": "a", "disks": [{"size": "1MiB"}]},
                 {"name": "twin", "folder": "b", "disks": [{"size": "1MiB"}]},
                 {"name": "bare", "disks": []},
+                {"name": "thick", "disks": [{"size": "8MiB", "thin": False}]},
                 {"name": "stubborn", "quiesce": "fail", "disks": [{"size": "1MiB"}]},
                 {"name": "kept out", "disks": [{"size": "1MiB"}, {"size": "1MiB", "mode": "independent_persistent"}]},
             ],
@@ -322,17 +323,28 @@ async def test_a_bit_that_flips_in_the_target_is_found_before_the_final_name(lab
     assert_nothing_left(lab)
 
 
-async def test_a_full_disk_is_refused_before_the_first_byte(lab, tmp_path):
-    small = tmp_path / "small"
-    small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(small)], check=True)
-    try:
-        lab.post("/stats/reset")
-        with pytest.raises(errors.DiskFull, match="not enough room"):
-            await export(lab, small, "demo")
-        assert lab.stats()["bytes_served"] == 0
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+@pytest.fixture
+def small(tmp_path):
+    """A file system with room for 4 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+async def test_a_thick_disk_without_room_is_refused_before_the_first_byte(sites, small):
+    sites.post("/stats/reset")
+    with pytest.raises(errors.DiskFull, match="not enough room"):
+        await export(sites, small, "thick")
+    assert sites.stats()["bytes_served"] == 0
+    assert_nothing_left(sites)
+
+
+async def test_a_thin_disk_that_fills_the_target_is_named_and_leaves_nothing(lab, small):
+    with pytest.raises(errors.DiskFull, match="not enough room"):
+        await export(lab, small, "demo")
+    assert {path.name for path in (small / "demo").iterdir()} == {".hyper2kvm.lock"}
     assert_nothing_left(lab)
 
 
