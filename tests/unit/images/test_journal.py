@@ -68,6 +68,8 @@ def test_cut_anywhere_it_covers_a_part_of_what_was_appended_and_goes_on(
     kept = all_of(batches)[: max(0, len(all_of(batches)) - lost)]
     with Journal.open(path, binding=BINDING) as journal:
         assert journal.covered == merged(kept)
+        if kept:
+            assert path.stat().st_size == size - lost * RECORD_BYTES
         journal.append([Extent(start=1 << 30, length=LEAF_BYTES)])
     assert covered(path) == merged([*kept, Extent(start=1 << 30, length=LEAF_BYTES)])
 
@@ -122,6 +124,7 @@ def test_records_of_before_a_restart_never_come_back(tmp_path: Path) -> None:
     with Journal.open(path, binding=BINDING) as journal:
         journal.restart()
         assert journal.covered == ()
+    assert path.stat().st_size == len(old) - RECORD_BYTES
     path.write_bytes(path.read_bytes() + old[-RECORD_BYTES:])
     assert covered(path) == ()
 

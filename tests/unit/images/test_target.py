@@ -276,7 +276,9 @@ def test_of_another_point_in_time_nothing_is_kept(files: DiskFiles, small_window
     assert covered(files) == ()  # and back under the old one neither
 
 
-@pytest.mark.parametrize("harm", ["raw gone", "raw longer", "sidecar gone", "sidecar cut", "sidecar foreign"])
+@pytest.mark.parametrize(
+    "harm", ["raw gone", "raw longer", "sidecar gone", "sidecar cut", "sidecar foreign", "sidecar another's"]
+)
 def test_a_journal_without_its_target_is_not_used(files: DiskFiles, small_windows: None, harm: str) -> None:
     half_done(files)
     what, how = harm.split()
@@ -285,6 +287,8 @@ def test_a_journal_without_its_target_is_not_used(files: DiskFiles, small_window
         path.unlink()
     elif how == "foreign":
         path.write_bytes(b"x" * path.stat().st_size)
+    elif how == "another's":
+        Digests.create(path, size=len(CONTENT) // 2).__exit__()
     else:
         os.truncate(path, path.stat().st_size + (512 if how == "longer" else -32))
     with open_target(files, size=len(CONTENT), binding=BINDING) as target:
