@@ -7,7 +7,8 @@ PY := $(VENV)/bin/python
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 
 # qemu-utils: qemu-img and qemu-nbd. util-linux: setpriv. The rest judges the lab from outside, or draws the UI.
-APT := qemu-utils util-linux
+# Debian's own Python comes without venv, which is a package of its own there.
+APT := qemu-utils util-linux $(shell python3 -c 'import venv, ensurepip' 2>/dev/null || echo python3-venv)
 APT_TEST := libvirt-clients openssl procps curl
 APT_E2E := chromium
 
@@ -43,7 +44,7 @@ build/.apt-test:
 build/.apt-e2e:
 	$(call apt_install,$(APT_E2E))
 
-build/.venv: pyproject.toml constraints.txt
+build/.venv: pyproject.toml constraints.txt | build/.apt
 	@mkdir -p build
 	@python3 -c 'import venv, ensurepip, sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer with venv is needed (Debian: apt-get install python3-venv)"; exit 1; }

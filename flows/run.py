@@ -28,9 +28,15 @@ T = TypeVar("T")
 
 
 async def run_flow(flow: Callable[..., Awaitable[T]], *, say: Callable[[str], None], **parameters: Any) -> T:
-    """Run a flow to its end and return its result; raise what it raises. `say` is told what is waited for."""
+    """Run a flow to its end and return its result; raise what it raises. `say` is told what is waited for.
+
+    Raises PrefectUnreachable where the server is not there, or not there any more.
+    """
     with prefect_api(say):
-        return await flow(**parameters)
+        try:
+            return await flow(**parameters)
+        except httpx.TransportError as error:
+            raise PrefectUnreachable(url=PREFECT_API_URL.value(), why=str(error) or type(error).__name__) from error
 
 
 @contextlib.contextmanager

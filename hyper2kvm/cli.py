@@ -267,4 +267,5 @@ def _tell(error: Hyper2KvmError, *, json: bool) -> None:
 def _quiet_logs(debug: bool) -> None:
     """Keep Prefect's own lines and tracebacks off the terminal; a server it reports to has them all the same."""
     level = "DEBUG" if debug else "CRITICAL"
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", level)
+    for setting in ("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "PREFECT_LOGGING_INTERNAL_LEVEL"):
+        os.environ.setdefault(setting, level)

@@ -125,7 +125,7 @@ class ThumbprintMismatch(ConnectionFailed):
 class PrefectUnreachable(ConnectionFailed):
     """No Prefect server answers at {url}: {why}"""
 
-    remedy = "Start it, or unset PREFECT_API_URL to have a temporary one"
+    remedy = "Start it, or unset PREFECT_API_URL to have a temporary one, and run again: what is copied is not lost"
 
 
 class VsphereFault(Hyper2KvmError):

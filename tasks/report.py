@@ -14,6 +14,7 @@ from tasks.images.output import MANIFEST, land_all
 from tasks.images.state import JobState
 from tasks.models import DiskImage, ExportJob, Manifest, Snapshot
 from tasks.steps import in_thread, quietly
+from tasks.text import one_line
 
 MIB = 1024 * 1024
 
@@ -25,10 +26,8 @@ async def commit(manifest: Manifest, folder: Path) -> None:
     Raises OutputExists. Leaves the report among the run's artifacts.
     """
     await in_thread(land_all, None, folder, manifest)
-    report = acreate_markdown_artifact(
-        markdown(manifest, folder), key=f"export-{manifest.vm.moref}", description=f"Export of {manifest.vm.name}"
-    )
-    await quietly(report)
+    key, description = f"export-{manifest.vm.moref}", f"Export of {one_line(manifest.vm.name)}"
+    await quietly(acreate_markdown_artifact(markdown(manifest, folder), key=key, description=description))
 
 
 def manifest_of(vcenter: VCenter, state: JobState, images: tuple[DiskImage, ...], options: ExportJob) -> Manifest:

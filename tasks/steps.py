@@ -27,6 +27,7 @@ from tasks.models import Connection, Trust
 from tasks.vsphere.session import Session, borrow
 
 ARTIFACT_EVERY_S = 3.0
+QUIETLY_S = 20.0
 LAST_WORD_S = 5.0  # a server that does not answer holds nobody up longer
 
 P = ParamSpec("P")
@@ -176,9 +177,10 @@ async def _refresh(meter: Meter, key: str, ended: asyncio.Event) -> None:
 
 
 async def quietly(call: Coroutine[Any, Any, T]) -> T | None:
-    """Await a call to the Prefect API that no copy may fail for."""
+    """Await a call to the Prefect API that no copy may fail, or wait long, for."""
     try:
-        return await call
-    except (httpx.HTTPError, PrefectException) as error:
-        get_run_logger().warning("artifact not written error=%s", type(error).__name__)
+        async with asyncio.timeout(QUIETLY_S):
+            return await call
+    except (httpx.HTTPError, PrefectException, TimeoutError) as error:
+        get_run_logger().warning("not recorded by Prefect error=%s", type(error).__name__)
         return None

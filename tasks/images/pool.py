@@ -57,9 +57,11 @@ class Pool(Generic[T]):
         shared = _Shared(items)
         threads = [threading.Thread(target=self._work, args=(worker, shared)) for worker in workers]
         try:
+            self._obey_stop()
             for thread in threads:
                 thread.start()
             self._join(threads, meanwhile)
+            self._obey_stop()
         except BaseException as error:  # noqa: BLE001 - whatever it is (Ctrl-C), the threads end first
             self._fail(error)
             self._join([thread for thread in threads if thread.ident])
@@ -81,14 +83,17 @@ class Pool(Generic[T]):
         while self._at_their_end < len(threads):
             self._news.wait(POLL_S)
             self._news.clear()
-            if self._stop.is_set():
-                self._fail(Stopped())
+            self._obey_stop()
             if self.ended.is_set():
                 self._interrupt()
             else:
                 meanwhile()
         for thread in threads:
             thread.join()
+
+    def _obey_stop(self) -> None:
+        if self._stop.is_set():
+            self._fail(Stopped())
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
