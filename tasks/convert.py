@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
-from tasks.errors import IntegrityMismatch
+from tasks.errors import IntegrityMismatch, InvalidInput
 from tasks.images import qemu
 from tasks.images.digests import Digests
 from tasks.images.output import DiskFiles
@@ -23,8 +23,9 @@ async def land(vm: VirtualMachine, arrived: Arrival, files: DiskFiles, options: 
     """Turn an arrived disk into an image of the format asked for, verified, still under its `.part` name.
 
     An image that a killed run had given its final name already is adopted, if it is what arrived.
-    Raises IntegrityMismatch, ToolFailed, DiskFull.
+    Raises IntegrityMismatch, ToolFailed, DiskFull, InvalidInput.
     """
+    _refuse_another_format(files, options.format)
     image = files.final(options.format)
     verified: ReadBack = "skipped"
     adopted = image.exists()
@@ -35,6 +36,16 @@ async def land(vm: VirtualMachine, arrived: Arrival, files: DiskFiles, options: 
     if adopted or not options.skip_readback:
         verified = await read_back(vm, arrived, image, files.sidecar, options.format)
     return _image(arrived, options.format, verified)
+
+
+def _refuse_another_format(files: DiskFiles, wanted: ImageFormat) -> None:
+    for other in get_args(ImageFormat):
+        if other != wanted and files.final(other).exists():
+            raise InvalidInput(
+                what=f"format {wanted}",
+                why=f"the run before was killed while it gave {files.final(other).name} its name",
+                remedy=f"Run again with --format {other}",
+            )
 
 
 @task(name="convert", task_run_name="convert {vm.name} disk {arrived.disk.index}", cache_policy=NO_CACHE)

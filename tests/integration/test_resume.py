@@ -183,7 +183,7 @@ async def test_a_dead_run_is_closed_by_the_one_that_goes_on(site, tmp_path, api)
 
 async def test_a_server_that_stays_away_leaves_a_job_to_go_on_with(site, tmp_path):
     site.post("/stats/reset")
-    with faults(site, throttle_bytes_per_s=64 * MIB):
+    with faults(site, throttle_bytes_per_s=16 * MIB):
         running = asyncio.create_task(export(site, tmp_path, "db", format="raw"))
         await bytes_flow(site, 100 * MIB)
         site.post("/faults", folder_503=100_000)
@@ -247,6 +247,19 @@ async def test_a_kept_leaf_that_rotted_is_fetched_again(site, tmp_path, api):
         file.write(b"rot")
     manifest = await export(site, tmp_path, "db", format="raw", skip_readback=True)
     assert manifest.consistent
+    assert_equal_to_the_frozen_chain(site, tmp_path / "db", tmp_path)
+
+
+async def test_a_job_that_was_naming_raw_images_is_not_gone_on_with_as_qcow2(site, tmp_path, api):
+    # the digests and the image of disk 0 have their names
+    argv = [sys.executable, "-m", "tests.integration.dying", "tasks.images.output:publish:after:2"]
+    argv += command(site, "export-vm", *words(tmp_path, "raw"))[3:]
+    environment = os.environ | site.environment() | api
+    died = await asyncio.to_thread(subprocess.run, argv, cwd=ROOT, env=environment, capture_output=True, timeout=120)
+    assert died.returncode == -9, died.stderr
+    with pytest.raises(errors.InvalidInput, match="Run again with --format raw"):
+        await export(site, tmp_path, "db", format="qcow2")
+    await export(site, tmp_path, "db", format="raw")
     assert_equal_to_the_frozen_chain(site, tmp_path / "db", tmp_path)
 
 
