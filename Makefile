@@ -11,6 +11,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 APT := qemu-utils util-linux $(shell python3 -c 'import venv, ensurepip' 2>/dev/null || echo python3-venv)
 APT_TEST := libvirt-clients openssl procps curl
 APT_E2E := chromium
+APT_BENCH := nginx-light
 
 .PHONY: help setup setup-test setup-e2e demo test lint format e2e soak bench lab up down clean constraints cassettes
 
@@ -44,6 +45,13 @@ build/.apt-test:
 build/.apt-e2e:
 	$(call apt_install,$(APT_E2E))
 
+build/.apt-bench:
+	$(call apt_install,$(APT_BENCH))
+
+build/.venv-bench: build/.venv
+	@$(VENV)/bin/uv pip install -q --python $(PY) -c constraints.txt -e '.[bench]'
+	@touch $@
+
 build/.venv: pyproject.toml constraints.txt | build/.apt
 	@mkdir -p build
 	@python3 -c 'import venv, ensurepip, sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -72,7 +80,7 @@ build/govc build/plain: build/%: build/.venv tests/lab/%/main.go tests/lab/go.mo
 
 constraints: build/.venv ## pin the newest versions that fit, by name and number
 	@printf 'uv\nsetuptools\ngo-bin\n' | $(VENV)/bin/uv pip compile -q --upgrade --no-header --no-annotate \
-	  --no-emit-index-url --universal --python-version 3.11 --extra test --extra lint pyproject.toml - -o constraints.txt
+	  --no-emit-index-url --universal --python-version 3.11 --extra test --extra lint --extra bench pyproject.toml - -o constraints.txt
 
 # ── what it is for ───────────────────────────────────────────────────────────────────────────────────
 
@@ -98,8 +106,8 @@ e2e: setup-e2e ## the whole product: demo, server, worker, UI
 soak: setup-test ## long tests
 	@$(PY) -m pytest -m soak tests
 
-bench: setup-test ## benchmarks, which print ratios
-	@$(PY) -m tests.benchmarks
+bench: setup-test build/.apt-bench build/.venv-bench ## benchmarks, which print ratios: all, or BENCH=download
+	@$(PY) -m tests.benchmarks $(BENCH)
 
 lab: setup ## a simulated vCenter in the foreground; ends with Ctrl-C
 	@build/lab -disks 2

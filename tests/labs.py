@@ -63,16 +63,21 @@ class Lab:
         """Return what the command line takes from the environment to log in here."""
         return {"VCENTER_PASSWORD": self.password, "VCENTER_CA_FILE": str(self.ca_file)}
 
-    def govc(self, *words: str) -> str:
-        """Run govc, a client that nobody here wrote, and return what it prints."""
-        env = os.environ | {
+    def govc_environment(self) -> dict[str, str]:
+        """Return what govc takes from the environment to log in here."""
+        return os.environ | {
             "GOVC_URL": self.url,
             "GOVC_USERNAME": self.username,
             "GOVC_PASSWORD": self.password,
             "GOVC_TLS_CA_CERTS": str(self.ca_file),
             "GOVC_PERSIST_SESSION": "false",
         }
-        done = subprocess.run([str(GOVC), *words], env=env, capture_output=True, text=True, timeout=60)
+
+    def govc(self, *words: str) -> str:
+        """Run govc, a client that nobody here wrote, and return what it prints."""
+        done = subprocess.run(
+            [str(GOVC), *words], env=self.govc_environment(), capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

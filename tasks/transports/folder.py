@@ -38,6 +38,7 @@ from tasks.errors import (
 )
 from tasks.models import SECTOR_BYTES, Connection, Extent, Value, VirtualDisk, VirtualMachine
 from tasks.reader import TransientFault
+from tasks.transports import bulk
 
 TIMEOUT_S = 10.0  # of connecting, of a read and of a write: longer than a stun of the VM, shorter than patience
 DEPTH = 4  # connections: one gave 445 Mbit/s from an ESXi host, eight 730
@@ -120,7 +121,8 @@ class FolderReader:
         self._sockets = _Sockets()
 
     def __enter__(self) -> Self:
-        self._client = _client(tls.context_for(self._disk.connection), self.depth, self._timeout_s)
+        context = tls.context_for(self._disk.connection)
+        self._client = bulk.client(context, connections=self.depth, timeout_s=self._timeout_s)
         try:
             self._probe()
         except BaseException:
@@ -255,17 +257,6 @@ class _Sockets:
         for each in sockets:
             with suppress(OSError):
                 socket.socket.shutdown(each, socket.SHUT_RDWR)  # not SSLSocket's own, which drops the TLS state
-
-
-def _client(context: ssl.SSLContext, connections: int, timeout_s: float) -> httpx.Client:
-    """No proxy of the environment: the cookie goes to the server that it is of, or nowhere."""
-    return httpx.Client(
-        verify=context,
-        trust_env=False,
-        timeout=timeout_s,
-        limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
-        headers={"Accept-Encoding": "identity"},
-    )
 
 
 def _check_range(response: httpx.Response, disk: FolderDisk, extent: Extent) -> None:
