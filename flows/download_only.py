@@ -95,10 +95,7 @@ async def _arrived(
     parts.mkdir(exist_ok=True)
     if place.snapshot:
         _remember(place)
-    new = [file for file in plan.files if file.path not in known]
-    need_space(
-        place.folder, sum(max(0, f.size_bytes - allocated_bytes(parts_of(place.folder, f).raw_part)) for f in new)
-    )
+    need_space(place.folder, _sure_to_take(place, plan, known))
     calls = [
         partial(download, vcenter, place, file, number, known.get(file.path)) for number, file in enumerate(plan.files)
     ]
@@ -110,6 +107,15 @@ async def _arrived(
             forget(place.folder)
             raise
     return tuple(files)
+
+
+def _sure_to_take(place: Place, plan: Plan, known: dict[str, DownloadedFile]) -> int:
+    """Return how many more bytes the files take here at least: what a thin disk holds is not known beforehand."""
+    thin = [disk.datastore_path.removesuffix(".vmdk") for disk in plan.frozen if disk.thin]
+    flats = {f"{stem}-flat.vmdk" for stem in thin}
+    new = [file for file in plan.files if file.path not in known and file.datastore_path not in flats]
+    here = {file.path: allocated_bytes(parts_of(place.folder, file).raw_part) for file in new}
+    return sum(max(0, file.size_bytes - here[file.path]) for file in new)
 
 
 def _remember(place: Place) -> None:

@@ -257,6 +257,22 @@ def test_killed_inside_a_file_the_same_command_goes_on_there(site, tmp_path, api
     assert_nothing_left(site)
 
 
+def test_killed_under_its_snapshot_the_next_run_goes_on_with_that(site, tmp_path, api):
+    words = ("--vs-vm-name", "running", "--output-dir", str(tmp_path), "--snapshot")
+    with faults(site, throttle_bytes_per_s=MIB):
+        kill_after(site, command(site, "download-vm", *words), api, MIB)
+    assert site.stats()["open_snapshots"] == 1
+    state = json.loads((tmp_path / "running" / ".hyper2kvm.job.json").read_text())
+    done = run_command(site, "download-vm", *words, "--json", env=api)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["snapshot"] == state["snapshot"]
+    frozen = Path(site.state_dir) / "frozen" / state["snapshot"]["moref"]
+    for name in ("running-flat.vmdk", "running_1-flat.vmdk"):
+        assert (tmp_path / "running" / name).read_bytes() == (frozen / name).read_bytes(), name
+    assert not (tmp_path / "running" / ".hyper2kvm.job.json").exists()
+    assert_nothing_left(site)
+
+
 @pytest.mark.parametrize(
     "moment", ["publish:before:2", "publish:after:2", "write_atomically:before:2", "forget:before"]
 )
