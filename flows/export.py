@@ -6,18 +6,18 @@ from functools import partial
 from pathlib import Path
 
 from prefect import flow
-from prefect.runtime import deployment, flow_run
+from prefect.runtime import flow_run
 
 from blocks import VCenter
 from tasks.connect import connected
 from tasks.convert import land
 from tasks.disks import copyable_disks
-from tasks.errors import InvalidInput
 from tasks.images.files import allocated_bytes, need_space, safe_name
 from tasks.images.job import job_id, job_lock, last_holder
 from tasks.images.output import DiskFiles, refuse_existing
 from tasks.images.state import JobState, discard, read_state, write_state
 from tasks.models import ExportJob, Manifest, VCenterInfo, VirtualDisk, VirtualMachine
+from tasks.place import place_that_stays
 from tasks.probe import probe
 from tasks.report import commit, manifest_of
 from tasks.resolve import resolve
@@ -47,7 +47,7 @@ async def export_vm(vcenter: VCenter, options: ExportJob) -> Manifest:
         vcenter: Where the VM is now: a saved vCenter, or a new one through Add.
         options: Which VM to export, where to, and how.
     """
-    output_dir, run_id = _place_that_stays(options.output_dir), flow_run.get_id() or ""
+    output_dir, run_id = place_that_stays(options.output_dir), flow_run.get_id() or ""
     async with connected(vcenter) as server:
         vm = await resolve(vcenter, options.vm_name)
         folder = output_dir / safe_name(vm.name)
@@ -58,17 +58,6 @@ async def export_vm(vcenter: VCenter, options: ExportJob) -> Manifest:
             await close_predecessor(before, ours=run_id)
             state = await _arrived(vcenter, server, vm, folder, options, snapshot_name)
             return await _landed(vcenter, state, folder, options, snapshot_name)
-
-
-def _place_that_stays(folder: Path) -> Path:
-    """Return `folder` made absolute. A worker runs flows in a temporary folder, and deletes that with all in it."""
-    if deployment.get_id() and not folder.expanduser().is_absolute():
-        raise InvalidInput(
-            what="output folder",
-            why=f"{str(folder)!r} is relative, and the worker deletes the folder that it runs in",
-            remedy="Give the whole path, such as /data/exports",
-        )
-    return folder.expanduser().absolute()
 
 
 async def _arrived(

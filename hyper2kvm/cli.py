@@ -24,10 +24,11 @@ from hyper2kvm import __version__
 from hyper2kvm.settings import Settings, password_from
 from hyper2kvm.terminal import Board, show_error, stderr, summary
 from tasks.errors import Hyper2KvmError, InvalidInput, NotBuilt
-from tasks.models import ExportOptions, Manifest
+from tasks.models import DownloadManifest, ExportOptions, Manifest
 from tasks.text import one_line
 
-LATER_ACTIONS = ("download-vm", "vddk-export", "cbt-sync", "preflight", "verify", "boot-check")
+LATER_ACTIONS = ("vddk-export", "cbt-sync", "preflight", "verify", "boot-check")
+MODES = {"export-vm": "export", "download-vm": "download_only"}
 INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
 
 T = TypeVar("T")
@@ -68,6 +69,12 @@ def vsphere(
     vs_snapshot_moref: str | None = None,
     parallel_disks: int = 2,
     skip_readback: Annotated[bool, Parameter(negative=())] = False,
+    include_glob: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    exclude_glob: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    max_files: int = 1000,
+    concurrency: int = 3,
+    fail_on_missing: Annotated[bool, Parameter(negative=())] = False,
+    snapshot: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
     debug: Annotated[bool, Parameter(negative=())] = False,
     vddk_libdir: Annotated[Path | None, Parameter(show=False)] = None,
@@ -79,7 +86,7 @@ def vsphere(
     glob
         With list-vms: only VMs whose name or inventory path matches.
     vs_action
-        export-vm or list-vms.
+        export-vm, download-vm or list-vms.
     vcenter
         Name or address; host:port is understood.
     username
@@ -112,6 +119,18 @@ def vsphere(
         Disks copied side by side.
     skip_readback
         Do not read the images back to verify them; the report says so.
+    include_glob
+        With download-vm: only files whose path in the VM's folder matches; may be given several times.
+    exclude_glob
+        With download-vm: not the files that match; may be given several times.
+    max_files
+        With download-vm: refuse more files than this before the first byte.
+    concurrency
+        With download-vm: files downloaded side by side.
+    fail_on_missing
+        With download-vm: fail where a disk's file that the configuration names is not there.
+    snapshot
+        With download-vm: freeze a running VM by a snapshot for the duration.
     json
         Print the result (or the error) as JSON on stdout.
     debug
@@ -127,6 +146,12 @@ def vsphere(
         "snapshot_moref": vs_snapshot_moref,
         "parallel_disks": parallel_disks,
         "skip_readback": skip_readback,
+        "include_glob": include_glob,
+        "exclude_glob": exclude_glob,
+        "max_files": max_files,
+        "download_only_concurrency": concurrency,
+        "fail_on_missing": fail_on_missing,
+        "snapshot": snapshot,
     }
 
     def settings() -> Settings:
@@ -141,22 +166,25 @@ def vsphere(
         )
 
     def act() -> int:
-        if vs_action == "export-vm":
-            return _export(_checked(options), settings(), json=json)
+        if vs_action in MODES:
+            mode = {"export_mode": MODES[vs_action]}
+            return _run_mode(_checked(options | mode, vs_action), settings(), json=json)
         if vs_action == "list-vms":
             return _list(glob, settings(), json=json)
         if vs_action in LATER_ACTIONS:
-            raise NotBuilt(what=f"--vs-action {vs_action}", instead="export-vm or list-vms")
-        raise InvalidInput(what="--vs-action", why=f"unknown {vs_action!r}", remedy="Use export-vm or list-vms")
+            raise NotBuilt(what=f"--vs-action {vs_action}", instead=f"{', '.join(MODES)} or list-vms")
+        raise InvalidInput(
+            what="--vs-action", why=f"unknown {vs_action!r}", remedy=f"Use {', '.join(MODES)} or list-vms"
+        )
 
     _quiet_logs(debug)
     return _at_the_edge(act, json=json, debug=debug)
 
 
-def _checked(options: dict[str, Any]) -> ExportOptions:
+def _checked(options: dict[str, Any], action: str) -> ExportOptions:
     for flag, field in (("--vs-vm-name", "vm_name"), ("--output-dir", "output_dir")):
         if options[field] is None:
-            raise InvalidInput(what=flag, why="export-vm needs it", remedy="See --help")
+            raise InvalidInput(what=flag, why=f"{action} needs it", remedy="See --help")
     return ExportOptions(**options)
 
 
@@ -173,18 +201,17 @@ def _list(glob: str, settings: Settings, *, json: bool) -> int:
     return 0
 
 
-def _export(options: ExportOptions, settings: Settings, *, json: bool) -> int:
+def _run_mode(options: ExportOptions, settings: Settings, *, json: bool) -> int:
     job = options.job()
     started = time.monotonic()
     with Board(stderr()) as board:
         board.say("Loading Prefect")
-        from flows.export import export_vm
-        from flows.run import run_flow
+        from flows.run import flow_of, run_flow
         from tasks.steps import METER_LISTENER
 
-        async def run() -> Manifest:
+        async def run() -> Manifest | DownloadManifest:
             METER_LISTENER.set(board.listen)
-            return await run_flow(export_vm, say=board.say, vcenter=settings.vcenter(), options=job)
+            return await run_flow(flow_of(job), say=board.say, vcenter=settings.vcenter(), options=job)
 
         manifest = _run(run(), say=board.say)
     if json:

@@ -7,10 +7,9 @@ import logging
 
 from pydantic import SecretStr
 
-from flows.export import export_vm
-from flows.run import run_flow
+from flows.run import flow_of, run_flow
 from hyper2kvm.settings import Settings, password_from
-from tasks.models import ExportOptions, Manifest
+from tasks.models import DownloadManifest, ExportOptions, Manifest
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +47,14 @@ class VMwareClient:
             verify=verify,
         )
 
-    async def async_export_vm(self, options: ExportOptions) -> Manifest:
+    async def async_export_vm(self, options: ExportOptions) -> Manifest | DownloadManifest:
         """Run the flow of `options.export_mode` and return its manifest; raise classes of `tasks.errors`.
 
         A mode or transport that is not built yet is refused with NotBuilt before anything is connected.
         """
         job = options.job()
-        return await run_flow(export_vm, say=log.info, vcenter=self._settings.vcenter(), options=job)
+        return await run_flow(flow_of(job), say=log.info, vcenter=self._settings.vcenter(), options=job)
 
-    def export_vm(self, options: ExportOptions) -> Manifest:
+    def export_vm(self, options: ExportOptions) -> Manifest | DownloadManifest:
         """The same, blocking."""
         return asyncio.run(self.async_export_vm(options))

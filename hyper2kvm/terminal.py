@@ -16,7 +16,7 @@ from rich.progress import TransferSpeedColumn as SpeedColumn
 
 from tasks.errors import Hyper2KvmError
 from tasks.images.files import safe_name
-from tasks.models import Manifest
+from tasks.models import DownloadManifest, Manifest
 from tasks.text import one_line
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PLAIN_EVERY_S = 5.0
 REFRESH_S = 0.25
+FILES_SHOWN = 20
 MIB = 1024 * 1024
 
 
@@ -96,8 +97,10 @@ def _pace(meter: Meter) -> str:
     return f"{rate / MIB:.0f} MiB/s{left}"
 
 
-def summary(manifest: Manifest, output_dir: Path, seconds: float) -> list[str]:
-    """Return the lines that end a successful export."""
+def summary(manifest: Manifest | DownloadManifest, output_dir: Path, seconds: float) -> list[str]:
+    """Return the lines that end a successful run."""
+    if isinstance(manifest, DownloadManifest):
+        return _download_summary(manifest, output_dir, seconds)
     moved = sum(image.bytes_transferred for image in manifest.disks)
     lines = [f"Exported {manifest.vm.name} ({manifest.vm.moref}) to {output_dir / safe_name(manifest.vm.name)}"]
     for image in manifest.disks:
@@ -105,6 +108,18 @@ def summary(manifest: Manifest, output_dir: Path, seconds: float) -> list[str]:
         lines.append(f"  {image.path}  {size}, {image.format}, read back: {image.verified}, {image.digest}")
     lines += [f"  note: {warning}" for warning in manifest.warnings]
     lines.append(f"{moved:,} bytes in {seconds:.1f} s ({moved / MIB / seconds:,.0f} MiB/s), verified")
+    return lines
+
+
+def _download_summary(manifest: DownloadManifest, output_dir: Path, seconds: float) -> list[str]:
+    moved = sum(file.bytes_transferred for file in manifest.files)
+    size = sum(file.size_bytes for file in manifest.files)
+    lines = [f"Downloaded {manifest.vm.name} ({manifest.vm.moref}) to {output_dir / safe_name(manifest.vm.name)}"]
+    lines += [f"  {file.path}  {file.size_bytes:,} bytes, {file.digest}" for file in manifest.files[:FILES_SHOWN]]
+    if len(manifest.files) > FILES_SHOWN:
+        lines.append(f"  and {len(manifest.files) - FILES_SHOWN} more: see manifest.json")
+    lines += [f"  note: {warning}" for warning in manifest.warnings]
+    lines.append(f"{len(manifest.files)} files, {size:,} bytes; {moved:,} bytes moved in {seconds:.1f} s, verified")
     return lines
 
 

@@ -19,6 +19,8 @@
     ├── FenceClosed                  the VM's own state forbids a snapshot now
     ├── SnapshotChanged              what is being read is no longer the point in time it was
     ├── FileLocked
+    ├── FileMissing                  a file that the VM's configuration names, or that was there a moment ago
+    ├── FileUnfit                    a file of the VM whose name or size cannot be taken as it is
     ├── TransferInterrupted          the source stopped answering; what arrived is kept
     ├── IntegrityMismatch            what was written is not what was read
     ├── JobLocked                    another run of the same job is at work
@@ -193,6 +195,18 @@ class SnapshotChanged(Hyper2KvmError):
 
 class FileLocked(Hyper2KvmError):
     """{path} is locked by a running VM or another host"""
+
+    remedy = "{remedy}"
+
+
+class FileMissing(Hyper2KvmError):
+    """{path} is not there: {why}"""
+
+    remedy = "{remedy}"
+
+
+class FileUnfit(Hyper2KvmError):
+    """{path} cannot be downloaded: {reason}"""
 
     remedy = "{remedy}"
 

@@ -251,6 +251,53 @@ class Manifest(Value):
     warnings: tuple[str, ...] = ()
 
 
+class DatastoreFile(Value):
+    """One file of a VM as the datastore browser lists it. `path` is where it goes, below the download's folder.
+
+    `modified` is ISO 8601, "" where the browser does not say.
+    """
+
+    datastore_path: str
+    path: str
+    size_bytes: int
+    modified: str = ""
+
+
+class LeftOut(Value):
+    """A file of the VM that was not downloaded, and why."""
+
+    path: str
+    why: str
+
+
+class DownloadedFile(DatastoreFile):
+    """One file as it lies here, byte for byte. `point`: the point in time it was read at. `digest`: BLAKE3 tree."""
+
+    digest: str
+    point: str
+    bytes_transferred: int
+    road: str
+    verified: ReadBack
+    seconds: float = 0.0
+
+
+class DownloadManifest(Value):
+    """The files of one VM. `consistent`: all of one point in time. `earlier`: of runs before, gone from the source."""
+
+    version: int = FORMAT_VERSION
+    mode: Literal["download_only"] = "download_only"
+    vcenter_uuid: str
+    vm: VirtualMachine
+    snapshot: Snapshot | None
+    files: tuple[DownloadedFile, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    missing: tuple[str, ...] = ()
+    earlier: tuple[DownloadedFile, ...] = ()
+    consistent: bool
+    created: str
+    warnings: tuple[str, ...] = ()
+
+
 # ── what an operator asks for ────────────────────────────────────────────────────────────────────────
 
 
@@ -337,6 +384,62 @@ class ExportJob(JobOptions):
     )
 
 
+class DownloadJob(JobOptions):
+    """Whose files to download, which of them, and where to."""
+
+    include_glob: tuple[str, ...] = Field(
+        default=(),
+        title="Only these",
+        description="Patterns such as *.vmx or *.vmdk, of the path inside the VM's folder (* also matches /): only "
+        "files that match one are downloaded. None: all.",
+        examples=[["*.vmx", "*.vmdk"]],
+    )
+    exclude_glob: tuple[str, ...] = Field(
+        default=(),
+        title="Not these",
+        description="Patterns such as *.iso: files that match one are left out. Lock, swap and log files of a VM that "
+        "is not powered off are left out in any case, and the report names them.",
+        examples=[["*.iso"]],
+    )
+    max_files: int = Field(
+        default=1000,
+        title="Most files",
+        description="If there are more files than this to download, the run is refused before the first byte.",
+        examples=[1000],
+        ge=1,
+    )
+    concurrency: int = Field(
+        default=3,
+        title="Files at once",
+        description="How many files are downloaded side by side, each over up to 4 connections.",
+        examples=[3],
+        ge=1,
+        le=16,
+    )
+    fail_on_missing: bool = Field(
+        default=False,
+        title="Fail on missing files",
+        description="Fail if a disk's file that the VM's configuration names is not there. Off: the report names it.",
+        examples=[False],
+    )
+    snapshot: bool = Field(
+        default=False,
+        title="Snapshot a running VM",
+        description="Freeze a VM that runs by a snapshot, removed at the end: its frozen disks are downloaded, its "
+        "live deltas are not. Without it a VM that runs is refused, since its host locks the disks. No effect on one "
+        "that is powered off.",
+        examples=[True],
+    )
+
+
+class SnapshotWishes(Value):
+    """How a snapshot is to be taken, where a mode has no options of its own for that."""
+
+    snapshot_moref: str = ""
+    quiesce: bool = False
+    allow_crash_consistent: bool = False
+
+
 class ExportOptions(BaseModel):
     """The source document's options: one flat value for every mode. `job()` turns them into the mode's own."""
 
@@ -353,6 +456,12 @@ class ExportOptions(BaseModel):
     snapshot_moref: str | None = None
     parallel_disks: int = 2
     skip_readback: bool = False
+    include_glob: tuple[str, ...] = ()
+    exclude_glob: tuple[str, ...] = ()
+    max_files: int = 1000
+    download_only_concurrency: int = 3
+    fail_on_missing: bool = False
+    snapshot: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -362,13 +471,17 @@ class ExportOptions(BaseModel):
             raise NotBuilt(what=f"the option {', '.join(unknown)}", instead=f"one of {', '.join(cls.model_fields)}")
         return values
 
-    def job(self) -> ExportJob:
+    def job(self) -> ExportJob | DownloadJob:
         """Return the mode's options; raise NotBuilt for a mode or transport of the source that is not built yet."""
-        if self.export_mode != "export":
-            raise NotBuilt(what=f"the export mode {self.export_mode!r}", instead="'export'")
+        if self.export_mode not in ("export", "download_only"):
+            raise NotBuilt(what=f"the export mode {self.export_mode!r}", instead="'export' or 'download_only'")
         if self.transport not in list(ExportTransport):
             raise NotBuilt(
                 what=f"the transport {self.transport!r}", instead=" or ".join(map(repr, map(str, ExportTransport)))
             )
-        fields = self.model_dump(exclude={"export_mode", "vddk_libdir"})
-        return ExportJob(**fields)
+        if self.export_mode == "download_only":
+            return DownloadJob(concurrency=self.download_only_concurrency, **self._those_of(DownloadJob))
+        return ExportJob(**self._those_of(ExportJob))
+
+    def _those_of(self, mode: type[JobOptions]) -> dict[str, Any]:
+        return self.model_dump(include=set(mode.model_fields))

@@ -14,7 +14,7 @@ from tasks.images.output import MANIFEST, land_all
 from tasks.images.state import JobState
 from tasks.models import DiskImage, ExportJob, Manifest, Snapshot
 from tasks.steps import in_thread, quietly
-from tasks.text import one_line
+from tasks.text import cell, one_line
 
 MIB = 1024 * 1024
 
@@ -64,21 +64,21 @@ def markdown(manifest: Manifest, folder: Path) -> str:
     """Return the report of a run as GitHub markdown."""
     vm, snapshot = manifest.vm, manifest.snapshot
     lines = [
-        f"# Export of {_cell(vm.name)}",
+        f"# Export of {cell(vm.name)}",
         "",
         *(f"> **Note:** {warning}\n" for warning in manifest.warnings),
         "| | |",
         "| --- | --- |",
-        f"| Inventory path | {_cell(vm.inventory_path)} ({vm.moref}) |",
-        f"| Host-system path | {_cell(vm.host_path)} |",
+        f"| Inventory path | {cell(vm.inventory_path)} ({vm.moref}) |",
+        f"| Host-system path | {cell(vm.host_path)} |",
         f"| libvirt URI | `{vm.vpx_uri}` |",  # percent-encoded: nothing in it ends a code span
         f"| Hardware | {vm.cpus} vCPU, {vm.memory_mib} MiB, {vm.firmware} |",
         f"| Power state at export | {vm.power_state} |",
-        f"| Snapshot | {_cell(snapshot.name)}, {snapshot.created} |" if snapshot else "| Snapshot | none |",
-        f"| Output | {_cell(str(folder))} |",
+        f"| Snapshot | {cell(snapshot.name)}, {snapshot.created} |" if snapshot else "| Snapshot | none |",
+        f"| Output | {cell(str(folder))} |",
         f"| Consistent | {'all disks of one point in time' if manifest.consistent else 'no'} |",
-        *(f"| Disk {image.index} | {_cell(image.source)} |" for image in manifest.disks),
-        *(f"| Digest {image.index} | {_cell(image.digest)} |" for image in manifest.disks),
+        *(f"| Disk {image.index} | {cell(image.source)} |" for image in manifest.disks),
+        *(f"| Digest {image.index} | {cell(image.digest)} |" for image in manifest.disks),
         "",
         # No wider: Prefect's older UI cuts off what does not fit.
         "| Disk | Image | Size | Transferred | MiB/s | Road | Read back |",
@@ -93,11 +93,6 @@ def markdown(manifest: Manifest, folder: Path) -> str:
 def _row(image: DiskImage) -> str:
     rate = image.bytes_transferred / MIB / image.seconds if image.seconds else 0.0
     return (
-        f"| {image.index} | {_cell(image.path)} | {image.virtual_size / MIB:,.0f} MiB "
+        f"| {image.index} | {cell(image.path)} | {image.virtual_size / MIB:,.0f} MiB "
         f"| {image.bytes_transferred / MIB:,.0f} MiB | {rate:,.0f} | {image.road} | {image.verified} |"
     )
-
-
-def _cell(text: str) -> str:
-    """Return a name from vSphere as plain text in a table cell. Backslashes, since one of the UIs shows entities."""
-    return "".join(f"\\{sign}" if sign in "\\`*_[]<>|~&" else sign for sign in " ".join(text.split()))

@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from typing import Protocol
 
 import httpx
 from prefect import task
@@ -16,7 +17,7 @@ from prefect.runtime import flow_run
 
 from blocks import VCenter
 from tasks.errors import ConnectionFailed, Hyper2KvmError, LicenceForbids, TransferInterrupted
-from tasks.models import ExportJob, Snapshot, VirtualDisk, VirtualMachine
+from tasks.models import Snapshot, VirtualDisk, VirtualMachine
 from tasks.steps import on_vcenter, to_the_end
 from tasks.vsphere import snapshots
 from tasks.vsphere.disks import check_unchanged
@@ -28,11 +29,24 @@ PATIENCE_S = 15.0  # with a removal on the way out: a worker kills a run 30 s af
 INTERRUPTIONS = (TransferInterrupted, ConnectionFailed, PrefectException, httpx.HTTPError)
 
 
+class Wishes(Protocol):
+    """What a mode's options say of the snapshot."""
+
+    @property
+    def snapshot_moref(self) -> str: ...
+
+    @property
+    def quiesce(self) -> bool: ...
+
+    @property
+    def allow_crash_consistent(self) -> bool: ...
+
+
 @asynccontextmanager
 async def point_in_time(
     vcenter: VCenter,
     vm: VirtualMachine,
-    options: ExportJob,
+    options: Wishes,
     *,
     name: str,
     before: Snapshot | None,
@@ -77,7 +91,7 @@ async def use_snapshot(vcenter: VCenter, vm: VirtualMachine, moref: str) -> Snap
 
 @task(name="snapshot", task_run_name="snapshot {vm.name}", cache_policy=NO_CACHE)
 async def hold_snapshot(
-    vcenter: VCenter, vm: VirtualMachine, options: ExportJob, *, name: str, before: Snapshot | None
+    vcenter: VCenter, vm: VirtualMachine, options: Wishes, *, name: str, before: Snapshot | None
 ) -> Snapshot | None:
     """Return the job's own snapshot: the one it had `before`, else a new one; None where a VM that is off has none."""
     log = get_run_logger()
@@ -96,7 +110,7 @@ async def hold_snapshot(
 def _hold(
     session: Session,
     vm: VirtualMachine,
-    options: ExportJob,
+    options: Wishes,
     *,
     name: str,
     description: str,
@@ -136,7 +150,7 @@ def _description() -> str:
     return json.dumps(
         {
             "tool": "hyper2kvm",
-            "purpose": "export",
+            "purpose": flow_run.get_flow_name() or "export",
             "flow_run": flow_run.get_id(),
             "expires": (datetime.now(UTC) + KEPT_FOR).isoformat(timespec="seconds"),
         }

@@ -16,13 +16,22 @@ from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 from prefect.logging.loggers import flow_run_logger
 from prefect.states import Crashed
+from pydantic import ConfigDict
 
 from blocks import VCenter
 from tasks.images.job import job_lock, last_holder, lock_holder
 from tasks.images.state import discard, read_state
-from tasks.models import ExportJob
+from tasks.models import Value
 from tasks.steps import on_vcenter, quietly
 from tasks.vsphere.snapshots import drop_snapshot
+
+
+class _Options(Value):
+    """What every mode's options have."""
+
+    model_config = ConfigDict(extra="ignore", from_attributes=True)
+
+    output_dir: Path
 
 
 async def close_predecessor(holder: dict[str, str] | None, *, ours: str) -> None:
@@ -55,7 +64,7 @@ async def clean_up(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -
     """
     log = flow_run_logger(flow_run, flow)
     vcenter = await _saved_vcenter(flow_run.parameters.get("vcenter"))
-    options = ExportJob.model_validate(flow_run.parameters["options"])
+    options = _Options.model_validate(flow_run.parameters["options"])
     for folder, holder in _left_by(str(flow_run.id), options.output_dir):
         if lock_holder(folder):
             log.warning("another run is at work on it folder=%s", folder)

@@ -19,3 +19,8 @@ def _unfit(character: str) -> bool:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+def cell(text: str) -> str:
+    """Return a name from vSphere as plain text in a table cell. Backslashes, since one of the UIs shows entities."""
+    return "".join(f"\\{sign}" if sign in "\\`*_[]<>|~&" else sign for sign in " ".join(text.split()))

@@ -15,8 +15,9 @@ from typing import Any
 from pydantic import SecretStr
 
 from blocks import VCenter
+from flows.download_only import download_only
 from flows.export import export_vm
-from tasks.models import ExportJob, Manifest
+from tasks.models import DownloadJob, DownloadManifest, ExportJob, Manifest
 from tests.labs import ROOT, Lab
 
 
@@ -96,3 +97,10 @@ def faults(lab: Lab, **body: Any) -> Iterator[None]:
         yield
     finally:
         lab.post("/faults", clear=True)
+
+
+async def download(lab: Lab, output_dir: Path, vm_name: str, **options: Any) -> DownloadManifest:
+    """Run the download flow in this process; return its manifest, raise what it raises."""
+    job = DownloadJob(vm_name=vm_name, output_dir=output_dir, **options)
+    manifest: DownloadManifest = await download_only(vcenter=vcenter_of(lab), options=job)
+    return manifest

@@ -32,6 +32,9 @@ from tasks.errors import (
     AuthenticationFailed,
     ConnectionFailed,
     FileLocked,
+    FileMissing,
+    FileUnfit,
+    Hyper2KvmError,
     PermissionMissing,
     SessionExpired,
     UnsupportedDisk,
@@ -52,8 +55,14 @@ UNLOCK = (
     "A host keeps a running VM's disks to itself: copy from a snapshot, or power the VM off; where the base under a "
     "snapshot is locked too (ESXi 8 on VMFS), power it off, or wait for the roads vddk and nfc_lease"
 )
+UNLOCK_FILE = (
+    "A host keeps the files of a running VM to itself: download with a snapshot (--snapshot), power the VM off, or "
+    "leave the file out (--exclude-glob)"
+)
+CHANGING = "If it changes while the VM runs, power the VM off, or leave it out (--exclude-glob); then run again"
 
 _log = logging.getLogger(__name__)
+_ANY_PATH = re.compile(r"\[(?P<datastore>.+?)\] ?(?P<path>.+)", re.DOTALL)
 _DATASTORE_PATH = re.compile(r"\[(?P<datastore>.+?)\] ?(?P<path>.+)\.vmdk", re.DOTALL)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
@@ -86,9 +95,50 @@ class FolderDisk(Value):
             raise UnsupportedDisk(
                 disk=self.datastore_path, reason="that is no datastore path of a .vmdk", remedy=OTHER_ROADS
             )
-        path = quote(f"{match['path']}-flat.vmdk")
-        datacenter, datastore = quote(self.datacenter_path.strip("/"), safe=""), quote(match["datastore"], safe="")
-        return httpx.URL(f"https://{self.connection.address}/folder/{path}?dcPath={datacenter}&dsName={datastore}")
+        return self._url(match["datastore"], f"{match['path']}-flat.vmdk")
+
+    def locked(self) -> FileLocked:
+        """Return what a file is that no request opens."""
+        return FileLocked(path=f"{self.datastore_path} (its flat file)", remedy=UNLOCK)
+
+    def missing(self) -> Hyper2KvmError:
+        """Return what "not found" means."""
+        return self.unfit("it has no flat file (as on vSAN and vVol, or sparse), or it was moved or deleted")
+
+    def unfit(self, reason: str) -> Hyper2KvmError:
+        """Return what a reply means that is not of the file expected."""
+        return UnsupportedDisk(disk=self.datastore_path, reason=reason, remedy=OTHER_ROADS)
+
+    def _url(self, datastore: str, path: str) -> httpx.URL:
+        where = f"dcPath={quote(self.datacenter_path.strip('/'), safe='')}&dsName={quote(datastore, safe='')}"
+        return httpx.URL(f"https://{self.connection.address}/folder/{quote(path)}?{where}")
+
+
+class FolderFile(FolderDisk):
+    """Any file of a datastore, read as it is; its size is `capacity_bytes`."""
+
+    def flat_url(self) -> httpx.URL:
+        """Return the URL of the file itself. Raises FileUnfit for what is no datastore path."""
+        match = _ANY_PATH.fullmatch(self.datastore_path)
+        if not match:
+            raise self.unfit("that is no datastore path")
+        return self._url(match["datastore"], match["path"])
+
+    def locked(self) -> FileLocked:
+        """Return what a file is that no request opens."""
+        return FileLocked(path=self.datastore_path, remedy=UNLOCK_FILE)
+
+    def missing(self) -> Hyper2KvmError:
+        """Return what "not found" means."""
+        return FileMissing(
+            path=self.datastore_path,
+            why="it was there when the folder was listed, and was moved, renamed or deleted since",
+            remedy="Run again; leave it out (--exclude-glob) if it comes and goes",
+        )
+
+    def unfit(self, reason: str) -> Hyper2KvmError:
+        """Return what a reply means that is not of the file expected."""
+        return FileUnfit(path=self.datastore_path, reason=reason, remedy=CHANGING)
 
 
 class FolderReader:
@@ -144,7 +194,7 @@ class FolderReader:
             # without a size: httpx's rechunker halves the speed
             for chunk in response.iter_raw():
                 if offset + len(chunk) > extent.end:
-                    raise self._unsupported("the server sends more than it was asked for")
+                    raise self._disk.unfit("the server sends more than it was asked for")
                 yield offset, memoryview(chunk)
                 offset += len(chunk)
         if offset != extent.end:
@@ -166,7 +216,7 @@ class FolderReader:
         try:
             patience(lambda: [None for _ in self.stream(sector)])
         except _ServerError as fault:
-            raise FileLocked(path=f"{self.source} (its flat file)", remedy=UNLOCK) from fault
+            raise self._disk.locked() from fault
         except TransientFault as fault:
             raise ConnectionFailed(host=self._disk.connection.address, why=str(fault)) from fault
 
@@ -220,7 +270,7 @@ class FolderReader:
             privilege = "Datastore.FileManagement (and Datastore.Browse)"
             raise PermissionMissing(privilege=privilege, object=f"datastore {datastore}")
         if status == httpx.codes.NOT_FOUND:
-            raise self._unsupported("it has no flat file (as on vSAN and vVol, or sparse), or it was moved or deleted")
+            raise self._disk.missing()
         if status == httpx.codes.INTERNAL_SERVER_ERROR:
             raise _ServerError("status 500")
         if status in TRANSIENT:
@@ -229,9 +279,6 @@ class FolderReader:
             raise ConnectionFailed(host=host, why=f"it redirects elsewhere (status {status}), which is not followed")
         if status not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT, httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE):
             raise ConnectionFailed(host=host, why=f"status {status} for {self.source}")
-
-    def _unsupported(self, reason: str) -> UnsupportedDisk:
-        return UnsupportedDisk(disk=self.source, reason=reason, remedy=OTHER_ROADS)
 
 
 class _ServerError(TransientFault):
@@ -263,20 +310,20 @@ def _check_range(response: httpx.Response, disk: FolderDisk, extent: Extent) -> 
     """Raise UnsupportedDisk unless the reply is exactly what was asked for, of a file of the disk's capacity."""
     match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
     if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
-        _refused(disk, f"its flat file is shorter than the disk's {disk.capacity_bytes} bytes")
+        _refused(disk, f"its file is shorter than the {disk.capacity_bytes} bytes expected")
     if response.status_code != httpx.codes.PARTIAL_CONTENT or not match:
         _refused(disk, "the server ignores Range requests")
     if response.headers.get("Content-Encoding", "identity") != "identity":
         _refused(disk, f"the server encodes what it sends ({response.headers['Content-Encoding']})")
     first, last, total = map(int, match.groups())
     if total != disk.capacity_bytes:
-        _refused(disk, f"its flat file has {total} bytes, the disk {disk.capacity_bytes}")
+        _refused(disk, f"its file has {total} bytes, not the {disk.capacity_bytes} expected")
     if (first, last) != (extent.start, extent.end - 1):
         _refused(disk, f"the server sent bytes {first}-{last} for {extent.start}-{extent.end - 1}")
 
 
 def _refused(disk: FolderDisk, reason: str) -> NoReturn:
-    raise UnsupportedDisk(disk=disk.datastore_path, reason=reason, remedy=OTHER_ROADS)
+    raise disk.unfit(reason)
 
 
 def _retry_after(response: httpx.Response) -> float:

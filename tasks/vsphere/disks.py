@@ -45,6 +45,13 @@ def powered_off_disks(session: Session, vm: VirtualMachine) -> tuple[VirtualDisk
     return disks_among(found["config.hardware.device"])
 
 
+def live_disks(session: Session, vm: VirtualMachine) -> tuple[VirtualDisk, ...]:
+    """Return the disks of a VM as it has them now, whatever its power state. One round trip."""
+    entity = session.entity(vim.VirtualMachine, vm.moref)
+    found = retrieve(session, [entity], ("config.hardware.device",)).get(entity, {})
+    return disks_among(found.get("config.hardware.device", ()))
+
+
 def disks_among(devices: Any) -> tuple[VirtualDisk, ...]:
     """Return the disks in a device list, described, in its order. Source: VirtualHardware.device."""
     shared = {each.key for each in devices if isinstance(each, _Scsi) and each.sharedBus != "noSharing"}

@@ -158,7 +158,7 @@ def test_a_failure_as_json_has_cause_and_remedy(lab, tmp_path, api):
     assert {"cause", "remedy"} <= set(said)
 
 
-@pytest.mark.parametrize("action", ["download-vm", "vddk-export", "cbt-sync"])
+@pytest.mark.parametrize("action", ["vddk-export", "cbt-sync"])
 def test_an_action_of_the_source_that_is_not_built_is_refused_by_name(lab, action):
     done = run_command(lab, action, "--vs-vm-name", "x", "--vddk-libdir", "/x", "--output-dir", "/x")
     assert done.returncode == 2

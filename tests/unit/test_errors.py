@@ -27,6 +27,8 @@ EXAMPLES = {
     errors.FenceClosed: {"vm": "web", "reason": "it needs consolidation", "remedy": "Consolidate"},
     errors.SnapshotChanged: {"snapshot": "s", "vm": "web", "reason": "it is gone"},
     errors.FileLocked: {"path": "[ds] web/web-flat.vmdk", "remedy": "Wait"},
+    errors.FileMissing: {"path": "[ds] web/web.vmdk", "why": "it was moved", "remedy": "Look"},
+    errors.FileUnfit: {"path": "'../x'", "reason": "its name leads out", "remedy": "Rename it"},
     errors.TransferInterrupted: {"source": "web", "resumable_at": 4096, "why": "reset"},
     errors.IntegrityMismatch: {"path": "disk-0.raw", "where": "offset 0"},
     errors.JobLocked: {"path": "/data/web", "holder": "pid 7"},

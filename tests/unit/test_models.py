@@ -8,6 +8,7 @@ from pydantic import SecretStr, ValidationError
 from tasks.errors import InvalidInput, NotBuilt
 from tasks.models import (
     Connection,
+    DownloadJob,
     ExportJob,
     ExportOptions,
     Trust,
@@ -94,7 +95,7 @@ def test_the_sources_options_become_the_modes_own():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("export_mode", "download_only"), ("export_mode", "vddk_download"), ("transport", "vddk"), ("transport", "ssh")],
+    [("export_mode", "vddk_download"), ("transport", "vddk"), ("transport", "ssh")],
 )
 def test_what_is_not_built_is_refused_by_name(field, value):
     with pytest.raises(NotBuilt, match=f"{value}.*is not built yet"):
@@ -102,12 +103,28 @@ def test_what_is_not_built_is_refused_by_name(field, value):
 
 
 def test_an_option_that_is_not_built_is_refused_by_name():
-    with pytest.raises(NotBuilt, match="download_only_concurrency"):
-        ExportOptions(vm_name="web", output_dir="/data", download_only_concurrency=3)
+    with pytest.raises(NotBuilt, match="vddk_concurrency"):
+        ExportOptions(vm_name="web", output_dir="/data", vddk_concurrency=3)
 
 
-def test_every_field_of_the_form_has_a_title_a_description_and_an_example():
-    for name, schema in ExportJob.model_json_schema()["properties"].items():
+def test_each_mode_gets_its_own_options():
+    options = ExportOptions(
+        vm_name="web",
+        output_dir="/data",
+        export_mode="download_only",
+        include_glob=["*.vmx"],
+        download_only_concurrency=5,
+        snapshot=True,
+        format="raw",
+    )
+    job = options.job()
+    assert isinstance(job, DownloadJob)
+    assert (job.vm_name, job.include_glob, job.concurrency, job.snapshot) == ("web", ("*.vmx",), 5, True)
+
+
+@pytest.mark.parametrize("mode", [ExportJob, DownloadJob])
+def test_every_field_of_the_form_has_a_title_a_description_and_an_example(mode):
+    for name, schema in mode.model_json_schema()["properties"].items():
         described = {"title", "description", "examples"} <= set(schema)
         assert described, f"{name}: {schema}"
         assert schema["title"] != name

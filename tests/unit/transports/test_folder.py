@@ -13,6 +13,8 @@ from tasks.errors import (
     CertificateUntrusted,
     ConnectionFailed,
     FileLocked,
+    FileMissing,
+    FileUnfit,
     Hyper2KvmError,
     PermissionMissing,
     SessionExpired,
@@ -28,7 +30,7 @@ from tasks.process import Stopped
 from tasks.reader import TransientFault
 from tasks.tls import thumbprint_of
 from tasks.transports import folder
-from tasks.transports.folder import FolderDisk, FolderReader
+from tasks.transports.folder import FolderDisk, FolderFile, FolderReader
 from tests.unit.https import Handler, Server, make_certificate, serving
 from tests.unit.images.fakes import leaves
 
@@ -71,7 +73,12 @@ class Session:
 
 
 def reader(
-    server: Server, session: Session | None = None, *, trust: Trust | None = None, **fields: object
+    server: Server,
+    session: Session | None = None,
+    *,
+    trust: Trust | None = None,
+    kind: type[FolderDisk] = FolderDisk,
+    **fields: object,
 ) -> FolderReader:
     session = session or Session()
     ca = server.certificate[0].read_text()  # type: ignore[attr-defined]
@@ -84,7 +91,7 @@ def reader(
     )
     names = {"datacenter_path": "/DC0", "datastore_path": "[ds] web/web.vmdk", "capacity_bytes": len(CONTENT)}
     timeout_s = float(fields.pop("timeout_s", 10))  # type: ignore[arg-type]
-    disk = FolderDisk(connection=connection, **{**names, **fields})  # type: ignore[arg-type]
+    disk = kind(connection=connection, **{**names, **fields})  # type: ignore[arg-type]
     return FolderReader(disk, cookie=session.cookie, renew=session.renew, timeout_s=timeout_s)
 
 
@@ -118,6 +125,29 @@ def test_names_are_quoted_once_and_slashes_of_the_path_kept(server: Server) -> N
         "/folder/w%C3%A9b%20%26%20co/x%252fy%20%231%3F-flat.vmdk"
         "?dcPath=B%C3%BCro%2F50%2525%20a%252fb&dsName=d%20s%2B%231"
     )
+
+
+def test_a_file_is_asked_for_under_its_own_name(server: Server) -> None:
+    with reader(server, kind=FolderFile, datastore_path="[d s] wéb/a b.vmx~") as source:
+        assert read(source, Extent(start=0, length=700)) == CONTENT[:700]
+    assert server.requests[0][0] == "/folder/w%C3%A9b/a%20b.vmx~?dcPath=DC0&dsName=d%20s"
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "words"),
+    [
+        (500, FileLocked, r"web\.vmx is locked.*--snapshot"),
+        (404, FileMissing, "was there when the folder was listed"),
+        (416, FileUnfit, "shorter.*changes while the VM runs"),
+    ],
+)
+def test_a_refusal_of_a_file_is_named(server: Server, status: int, error: type[Hyper2KvmError], words: str) -> None:
+    server.script.extend([says(status)])  # type: ignore[list-item]
+    with (
+        pytest.raises(error, match=words),
+        reader(server, kind=FolderFile, datastore_path="[ds] web/web.vmx"),
+    ):
+        pass
 
 
 def test_a_copy_keeps_to_few_connections_and_equals_the_disk(server: Server, tmp_path: Path) -> None:
@@ -195,7 +225,7 @@ def test_a_refusal_is_named(server: Server, status: int, error: type[Hyper2KvmEr
 @pytest.mark.parametrize(
     ("headers", "reason"),
     [
-        ({"total": "99999999"}, "has 99999999 bytes, the disk 1573376"),
+        ({"total": "99999999"}, "has 99999999 bytes, not the 1573376 expected"),
         ({"total": "*"}, "ignores Range"),
         ({"Content_Encoding": "gzip"}, "encodes what it sends"),
         ({"Content_Range": "bytes 512-1023/1573376"}, "ignores Range|sent bytes"),
