@@ -295,7 +295,7 @@ async def test_a_finished_copy_is_never_overwritten(lab, tmp_path):
 
 async def test_a_second_run_of_a_job_is_refused_and_names_the_first(lab, tmp_path):
     lab.post("/stats/reset")
-    with faults(lab, throttle_bytes_per_s=8 << 20):
+    with faults(lab, throttle_bytes_per_s=2 << 20):
         running = asyncio.create_task(export(lab, tmp_path, "demo"))
         await bytes_flow(lab, 1 << 20)
         with pytest.raises(errors.JobLocked, match=str(os.getpid())):
