@@ -269,7 +269,7 @@ def test_a_relative_folder_is_refused_since_the_worker_would_delete_it(product: 
 
 
 def test_cancelling_in_the_ui_leaves_no_snapshot(product: Product, tmp_path: Path) -> None:
-    product.lab.post("/faults", throttle_bytes_per_s=4 << 20)
+    product.lab.post("/faults", throttle_bytes_per_s=MIB)
     run = product.start(tmp_path / "exports")
     await_that(
         lambda: product.lab.stats()["open_snapshots"] == 1, RUN_TIMEOUT_S, lambda: "no snapshot" + product.logs()
@@ -308,12 +308,16 @@ def test_a_run_killed_under_the_worker_is_gone_on_with(product: Product, tmp_pat
 
 
 def half_done(product: Product, output: Path) -> str:
-    """Start an export on a slowed-down lab; return its run's id once half of its 512 MiB have been served."""
+    """Start an export on a slowed-down lab; return its run's id in its middle.
+
+    Of 512 MiB 150 have been served then, and up to 256 more are on their way, in eight replies of 32 MiB.
+    """
+    product.lab.post("/faults", clear=True)
     product.lab.post("/stats/reset")
-    product.lab.post("/faults", throttle_bytes_per_s=64 * MIB)
+    product.lab.post("/faults", throttle_bytes_per_s=8 * MIB)  # a reply
     run = product.start(output)
     await_that(
-        lambda: product.lab.stats()["bytes_served"] > 260 * MIB, RUN_TIMEOUT_S, lambda: "no bytes" + product.logs()
+        lambda: product.lab.stats()["bytes_served"] > 150 * MIB, RUN_TIMEOUT_S, lambda: "no bytes" + product.logs()
     )
     return run
 
