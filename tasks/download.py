@@ -11,12 +11,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from blocks import VCenter
-from tasks.images.copy import CopyResult, copy
+from tasks.fetch import fetch
+from tasks.images.copy import CopyResult
 from tasks.images.digests import Digests
 from tasks.images.layout import DiskFiles
 from tasks.images.mirror import parts_of, still_here
 from tasks.images.raw import RawWriter
-from tasks.images.target import open_target
 from tasks.images.verify import verify
 from tasks.models import (
     Connection,
@@ -29,7 +29,6 @@ from tasks.models import (
 )
 from tasks.steps import Meter, connection_of, in_thread, metered
 from tasks.transports.folder import FolderFile, FolderReader
-from tasks.vsphere.session import borrow
 
 
 class Place(Value):
@@ -113,21 +112,7 @@ def _copied(
         datastore_path=file.datastore_path,
         capacity_bytes=file.size_bytes,
     )
-    with (
-        borrow(connection) as session,
-        FolderReader(source, cookie=lambda: session.cookie, renew=session.renew) as reader,
-        open_target(parts, size=reader.size, binding=place.binding(file), stop=stop) as target,
-    ):
-        meter.expect(sum(extent.length for extent in target.missing))
-        return copy(
-            reader,
-            target.missing,
-            target.writer,
-            digests=target.digests,
-            journal=target.journal,
-            progress=meter.add,
-            stop=stop,
-        )
+    return fetch(source, parts, binding=place.binding(file), meter=meter, stop=stop)
 
 
 def _empty(parts: DiskFiles) -> CopyResult:

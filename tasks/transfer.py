@@ -10,14 +10,13 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from blocks import VCenter
-from tasks.images.copy import CopyResult, copy
+from tasks.fetch import fetch
+from tasks.images.copy import CopyResult
 from tasks.images.output import DiskFiles
 from tasks.images.state import JobState
-from tasks.images.target import open_target
 from tasks.models import Arrival, Connection, VirtualDisk
 from tasks.steps import Meter, connection_of, in_thread, metered
-from tasks.transports.folder import FolderDisk, FolderReader
-from tasks.vsphere.session import borrow
+from tasks.transports.folder import FolderDisk
 
 
 @task(name="transfer", task_run_name="transfer {job.vm.name} disk {disk.index}", cache_policy=NO_CACHE)
@@ -44,21 +43,7 @@ def _copy(
     connection: Connection, job: JobState, disk: VirtualDisk, files: DiskFiles, meter: Meter, stop: threading.Event
 ) -> CopyResult:
     source = FolderDisk.of(disk, vm=job.vm, connection=connection)
-    with (
-        borrow(connection) as session,
-        FolderReader(source, cookie=lambda: session.cookie, renew=session.renew) as reader,
-        open_target(files, size=reader.size, binding=_binding(job, disk), stop=stop) as target,
-    ):
-        meter.expect(sum(extent.length for extent in target.missing))
-        return copy(
-            reader,
-            target.missing,
-            target.writer,
-            digests=target.digests,
-            journal=target.journal,
-            progress=meter.add,
-            stop=stop,
-        )
+    return fetch(source, files, binding=_binding(job, disk), meter=meter, stop=stop)
 
 
 def _binding(job: JobState, disk: VirtualDisk) -> dict[str, str | int]:

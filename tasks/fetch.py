@@ -1,0 +1,38 @@
+"""One file of a datastore, by the road `folder`, into a raw part with digests and journal; for any mode."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+from tasks.images.copy import CopyResult, copy
+from tasks.images.layout import DiskFiles
+from tasks.images.target import open_target
+from tasks.steps import Meter
+from tasks.transports.folder import FolderDisk, FolderReader
+from tasks.vsphere.session import borrow
+
+
+def fetch(
+    source: FolderDisk, files: DiskFiles, *, binding: Mapping[str, str | int], meter: Meter, stop: threading.Event
+) -> CopyResult:
+    """Copy what is missing of `source` into the raw part of `files`; what an earlier run left is gone on with.
+
+    binding: what the bytes are of, down to the point in time. Borrows the process's session.
+    Raises what `copy`, `open_target` and entering a `FolderReader` raise.
+    """
+    with (
+        borrow(source.connection) as session,
+        FolderReader(source, cookie=lambda: session.cookie, renew=session.renew) as reader,
+        open_target(files, size=reader.size, binding=binding, stop=stop) as target,
+    ):
+        meter.expect(sum(extent.length for extent in target.missing))
+        return copy(
+            reader,
+            target.missing,
+            target.writer,
+            digests=target.digests,
+            journal=target.journal,
+            progress=meter.add,
+            stop=stop,
+        )
