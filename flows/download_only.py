@@ -5,28 +5,22 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 
 from prefect import flow
-from prefect.runtime import flow_run
 
 from blocks import VCenter
 from tasks.browse import Plan, browse
-from tasks.connect import connected
 from tasks.download import Place, download
 from tasks.errors import SnapshotChanged
-from tasks.images.files import allocated_bytes, need_space, safe_name
-from tasks.images.job import job_id, job_lock, last_holder
+from tasks.images.files import allocated_bytes, need_space
 from tasks.images.mirror import PARTS, forget, known_files, parts_of
-from tasks.images.state import JobState, read_state, write_state
+from tasks.images.state import read_state, write_state
+from tasks.job import Job, job_at_work
 from tasks.mirror import commit_download, download_warnings, now
-from tasks.models import DownloadedFile, DownloadJob, DownloadManifest, Snapshot, SnapshotWishes, VirtualMachine
-from tasks.place import place_that_stays
-from tasks.resolve import resolve
+from tasks.models import DownloadedFile, DownloadJob, DownloadManifest, Snapshot, SnapshotWishes
 from tasks.snapshot import check_snapshot, drop_snapshot, point_in_time
 from tasks.steps import side_by_side
-from tasks.succession import clean_up, close_predecessor
-from tasks.vsphere.snapshots import NAME_PREFIX
+from tasks.succession import clean_up
 
 
 @flow(
@@ -47,41 +41,34 @@ async def download_only(vcenter: VCenter, options: DownloadJob) -> DownloadManif
         vcenter: Where the VM is now: a saved vCenter, or a new one through Add.
         options: Whose files to download, which of them, and where to.
     """
-    output_dir, run_id = place_that_stays(options.output_dir), flow_run.get_id() or ""
-    async with connected(vcenter) as server:
-        vm = await resolve(vcenter, options.vm_name)
-        folder = output_dir / safe_name(vm.name)
-        job = job_id(vcenter_uuid=server.uuid, instance_uuid=vm.instance_uuid, folder=folder)
-        snapshot_name, before = f"{NAME_PREFIX}{job}", last_holder(folder)
-        holder = {"flow_run": flow_run.get_name() or "", "flow_run_id": run_id}
-        with job_lock(folder, holder | {"vm": vm.moref, "snapshot": snapshot_name}):
-            await close_predecessor(before, ours=run_id)
-            known = known_files(folder, vcenter_uuid=server.uuid, vm=vm)
-            await browse(vcenter, vm, options, None)  # what is refused, is refused before a snapshot is taken
-            async with _held_still(vcenter, vm, folder, options, name=snapshot_name) as snapshot:
-                place = Place(vcenter_uuid=server.uuid, vm=vm, snapshot=snapshot, folder=folder)
-                plan = await browse(vcenter, vm, options, snapshot)
-                files = await _arrived(vcenter, place, plan, known, options.concurrency)
-            manifest = _manifest(vcenter, place, plan, files, known)
-            await commit_download(manifest, folder, known)
-            return manifest
+    async with job_at_work(vcenter, options) as job:
+        vm, folder = job.vm, job.folder
+        known = known_files(folder, vcenter_uuid=job.server.uuid, vm=vm)
+        await browse(vcenter, vm, options, None)  # what is refused, is refused before a snapshot is taken
+        async with _held_still(vcenter, job, options) as snapshot:
+            place = Place(vcenter_uuid=job.server.uuid, vm=vm, snapshot=snapshot, folder=folder)
+            plan = await browse(vcenter, vm, options, snapshot)
+            if snapshot:
+                write_state(folder, job.state(snapshot))
+            files = await _arrived(vcenter, place, plan, known, options.concurrency)
+        manifest = _manifest(vcenter, place, plan, files, known)
+        await commit_download(manifest, folder, known)
+        return manifest
 
 
 @asynccontextmanager
-async def _held_still(
-    vcenter: VCenter, vm: VirtualMachine, folder: Path, options: DownloadJob, *, name: str
-) -> AsyncIterator[Snapshot | None]:
+async def _held_still(vcenter: VCenter, job: Job, options: DownloadJob) -> AsyncIterator[Snapshot | None]:
     """Yield a snapshot for the block where one is asked for and the VM is not off; else None.
 
     One that a run before left, which was killed, is gone on with, or removed where none is needed any more.
     """
-    state = read_state(folder)
+    state, vm, name = read_state(job.folder), job.vm, job.snapshot_name
     if vm.power_state == "poweredOff" or not options.snapshot:
         if state:
             await drop_snapshot(vcenter, vm, name)
         yield None
         return
-    before, give_up = state.snapshot if state else None, partial(forget, folder)
+    before, give_up = state.snapshot if state else None, partial(forget, job.folder)
     wishes = SnapshotWishes()
     async with point_in_time(vcenter, vm, wishes, name=name, before=before, give_up=give_up) as snapshot:
         yield snapshot
@@ -93,8 +80,6 @@ async def _arrived(
     """Return every file of the plan once it lies here, in its part or from before, all of one point in time."""
     parts = place.folder / PARTS
     parts.mkdir(exist_ok=True)
-    if place.snapshot:
-        _remember(place)
     need_space(place.folder, _sure_to_take(place, plan, known))
     calls = [
         partial(download, vcenter, place, file, number, known.get(file.path)) for number, file in enumerate(plan.files)
@@ -116,20 +101,6 @@ def _sure_to_take(place: Place, plan: Plan, known: dict[str, DownloadedFile]) ->
     new = [file for file in plan.files if file.path not in known and file.datastore_path not in flats]
     here = {file.path: allocated_bytes(parts_of(place.folder, file).raw_part) for file in new}
     return sum(max(0, file.size_bytes - here[file.path]) for file in new)
-
-
-def _remember(place: Place) -> None:
-    """Write down which snapshot the job holds, for the run that follows if this one is killed."""
-    job = place.snapshot.name.removeprefix(NAME_PREFIX) if place.snapshot else ""
-    state = JobState(
-        job_id=job,
-        flow_run_id=flow_run.get_id() or "",
-        vcenter_uuid=place.vcenter_uuid,
-        vm=place.vm,
-        snapshot=place.snapshot,
-        disks=(),
-    )
-    write_state(place.folder, state)
 
 
 def _manifest(

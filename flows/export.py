@@ -6,26 +6,21 @@ from functools import partial
 from pathlib import Path
 
 from prefect import flow
-from prefect.runtime import flow_run
 
 from blocks import VCenter
-from tasks.connect import connected
 from tasks.convert import land
 from tasks.disks import copyable_disks
-from tasks.images.files import allocated_bytes, need_space, safe_name
-from tasks.images.job import job_id, job_lock, last_holder
+from tasks.images.files import allocated_bytes, need_space
 from tasks.images.output import DiskFiles, refuse_existing
 from tasks.images.state import JobState, discard, read_state, write_state
-from tasks.models import ExportJob, Manifest, VCenterInfo, VirtualDisk, VirtualMachine
-from tasks.place import place_that_stays
+from tasks.job import Job, job_at_work
+from tasks.models import ExportJob, Manifest, VirtualDisk
 from tasks.probe import probe
 from tasks.report import commit, manifest_of
-from tasks.resolve import resolve
 from tasks.snapshot import check_snapshot, drop_snapshot, point_in_time
 from tasks.steps import side_by_side
-from tasks.succession import clean_up, close_predecessor
+from tasks.succession import clean_up
 from tasks.transfer import transfer
-from tasks.vsphere.snapshots import NAME_PREFIX
 
 
 @flow(
@@ -47,46 +42,25 @@ async def export_vm(vcenter: VCenter, options: ExportJob) -> Manifest:
         vcenter: Where the VM is now: a saved vCenter, or a new one through Add.
         options: Which VM to export, where to, and how.
     """
-    output_dir, run_id = place_that_stays(options.output_dir), flow_run.get_id() or ""
-    async with connected(vcenter) as server:
-        vm = await resolve(vcenter, options.vm_name)
-        folder = output_dir / safe_name(vm.name)
-        job = job_id(vcenter_uuid=server.uuid, instance_uuid=vm.instance_uuid, folder=folder)
-        snapshot_name, before = f"{NAME_PREFIX}{job}", last_holder(folder)
-        holder = {"flow_run": flow_run.get_name() or "", "flow_run_id": run_id}
-        with job_lock(folder, holder | {"vm": vm.moref, "snapshot": snapshot_name}):
-            await close_predecessor(before, ours=run_id)
-            state = await _arrived(vcenter, server, vm, folder, options, snapshot_name)
-            return await _landed(vcenter, state, folder, options, snapshot_name)
+    async with job_at_work(vcenter, options) as job:
+        state = await _arrived(vcenter, job, options)
+        return await _landed(vcenter, state, job.folder, options)
 
 
-async def _arrived(
-    vcenter: VCenter,
-    server: VCenterInfo,
-    vm: VirtualMachine,
-    folder: Path,
-    options: ExportJob,
-    snapshot_name: str,
-) -> JobState:
+async def _arrived(vcenter: VCenter, job: Job, options: ExportJob) -> JobState:
     """Return the job's state once every disk lies here as a raw part, copied now or by an earlier run."""
+    vm, folder, name = job.vm, job.folder, job.snapshot_name
     state = read_state(folder)
     refuse_existing(folder, state)
     if state and state.all_arrived:
-        await drop_snapshot(vcenter, vm, snapshot_name)
+        await drop_snapshot(vcenter, vm, name)
         return state
     before, give_up = state.snapshot if state else None, partial(discard, folder)
-    async with point_in_time(vcenter, vm, options, name=snapshot_name, before=before, give_up=give_up) as snapshot:
-        disks = await copyable_disks(vcenter, server, vm, snapshot)
+    async with point_in_time(vcenter, vm, options, name=name, before=before, give_up=give_up) as snapshot:
+        disks = await copyable_disks(vcenter, job.server, vm, snapshot)
         need_space(folder, sum(_sure_to_take(disk, DiskFiles(folder, disk.index)) for disk in disks))
         await probe(vcenter, vm, disks)
-        state = JobState(
-            job_id=snapshot_name.removeprefix(NAME_PREFIX),
-            flow_run_id=flow_run.get_id() or "",
-            vcenter_uuid=server.uuid,
-            vm=vm,
-            snapshot=snapshot,
-            disks=disks,
-        )
+        state = job.state(snapshot, disks)
         write_state(folder, state)
         calls = [partial(transfer, vcenter, state, disk, DiskFiles(folder, disk.index)) for disk in disks]
         arrivals = await side_by_side(calls, at_once=options.parallel_disks)
@@ -101,7 +75,7 @@ def _sure_to_take(disk: VirtualDisk, files: DiskFiles) -> int:
     return 0 if disk.thin else max(0, disk.capacity_bytes - allocated_bytes(files.raw_part))
 
 
-async def _landed(vcenter: VCenter, state: JobState, folder: Path, options: ExportJob, snapshot_name: str) -> Manifest:
+async def _landed(vcenter: VCenter, state: JobState, folder: Path, options: ExportJob) -> Manifest:
     """Return the manifest of a job whose disks have arrived, once they have their final names."""
     calls = [partial(land, state.vm, each, DiskFiles(folder, each.disk.index), options) for each in state.arrivals]
     images = await side_by_side(calls, at_once=options.parallel_disks)
