@@ -48,7 +48,7 @@ async def export_vm(vcenter: VCenter, options: ExportJob) -> Manifest:
 
 
 async def _arrived(vcenter: VCenter, job: Job, options: ExportJob) -> JobState:
-    """Return the job's state once every disk lies here as a raw part, copied now or by an earlier run."""
+    """Return the job's state once every disk lies here as a part, copied now or by an earlier run."""
     vm, folder, name = job.vm, job.folder, job.snapshot_name
     state = read_state(folder)
     refuse_existing(folder, state)
@@ -58,11 +58,13 @@ async def _arrived(vcenter: VCenter, job: Job, options: ExportJob) -> JobState:
     before, give_up = state.snapshot if state else None, partial(discard, folder)
     async with point_in_time(vcenter, vm, options, name=name, before=before, give_up=give_up) as snapshot:
         disks = await copyable_disks(vcenter, job.server, vm, snapshot)
-        need_space(folder, sum(_sure_to_take(disk, DiskFiles(folder, disk.index)) for disk in disks))
+        arriving = options.arrival_format
+        parts = {disk: DiskFiles(folder, disk.index) for disk in disks}
+        need_space(folder, sum(_sure_to_take(disk, files.part(arriving)) for disk, files in parts.items()))
         await probe(vcenter, vm, disks)
         state = job.state(snapshot, disks)
         write_state(folder, state)
-        calls = [partial(transfer, vcenter, state, disk, DiskFiles(folder, disk.index)) for disk in disks]
+        calls = [partial(transfer, vcenter, state, disk, files, arriving) for disk, files in parts.items()]
         arrivals = await side_by_side(calls, at_once=options.parallel_disks)
         await check_snapshot(vcenter, vm, snapshot, disks)
         state = state.model_copy(update={"arrivals": tuple(arrivals)})
@@ -70,9 +72,9 @@ async def _arrived(vcenter: VCenter, job: Job, options: ExportJob) -> JobState:
     return state
 
 
-def _sure_to_take(disk: VirtualDisk, files: DiskFiles) -> int:
+def _sure_to_take(disk: VirtualDisk, part: Path) -> int:
     """Return how many more bytes a disk is sure to take here: what a thin one holds is not known beforehand."""
-    return 0 if disk.thin else max(0, disk.capacity_bytes - allocated_bytes(files.raw_part))
+    return 0 if disk.thin else max(0, disk.capacity_bytes - allocated_bytes(part))
 
 
 async def _landed(vcenter: VCenter, state: JobState, folder: Path, options: ExportJob) -> Manifest:

@@ -63,6 +63,7 @@ def vsphere(
     vs_vm_name: str | None = None,
     output_dir: Path | None = None,
     format: str = "qcow2",
+    compression: str = "none",
     transport: str = "auto",
     quiesce: Annotated[bool, Parameter(negative=())] = False,
     allow_crash_consistent: Annotated[bool, Parameter(negative=())] = False,
@@ -106,7 +107,9 @@ def vsphere(
     output_dir
         Folder in which one named after the VM is made.
     format
-        qcow2 or raw.
+        qcow2 or raw, written as the bytes arrive; vmdk, vdi or vhdx, converted afterwards.
+    compression
+        Of qcow2, in a second pass: none, zstd or zlib.
     transport
         Road of the disks' bytes: auto or folder.
     quiesce
@@ -141,6 +144,7 @@ def vsphere(
         "output_dir": output_dir,
         "transport": transport,
         "format": format,
+        "compression": compression,
         "quiesce": quiesce,
         "allow_crash_consistent": allow_crash_consistent,
         "snapshot_moref": vs_snapshot_moref,

@@ -16,7 +16,7 @@ from rich.progress import TransferSpeedColumn as SpeedColumn
 
 from tasks.errors import Hyper2KvmError
 from tasks.images.files import safe_name
-from tasks.models import DownloadManifest, Manifest
+from tasks.models import DiskImage, DownloadManifest, Manifest
 from tasks.text import one_line
 
 if TYPE_CHECKING:
@@ -104,11 +104,15 @@ def summary(manifest: Manifest | DownloadManifest, output_dir: Path, seconds: fl
     moved = sum(image.bytes_transferred for image in manifest.disks)
     lines = [f"Exported {manifest.vm.name} ({manifest.vm.moref}) to {output_dir / safe_name(manifest.vm.name)}"]
     for image in manifest.disks:
-        size = f"{image.virtual_size / MIB:,.0f} MiB"
-        lines.append(f"  {image.path}  {size}, {image.format}, read back: {image.verified}, {image.digest}")
+        what = f"{image.virtual_size / MIB:,.0f} MiB, {image.format} {_passes(image)}"
+        lines.append(f"  {image.path}  {what}, read back: {image.verified}, {image.digest}")
     lines += [f"  note: {warning}" for warning in manifest.warnings]
     lines.append(f"{moved:,} bytes in {seconds:.1f} s ({moved / MIB / seconds:,.0f} MiB/s), verified")
     return lines
+
+
+def _passes(image: DiskImage) -> str:
+    return "converted" if image.converted else "in one pass"
 
 
 def _download_summary(manifest: DownloadManifest, output_dir: Path, seconds: float) -> list[str]:

@@ -20,22 +20,23 @@ from tasks.steps import Meter, in_thread, metered
 
 
 async def land(vm: VirtualMachine, arrived: Arrival, files: DiskFiles, options: ExportJob) -> DiskImage:
-    """Turn an arrived disk into an image of the format asked for, verified, still under its `.part` name.
+    """See that an arrived disk is an image of the format asked for, and verified; it stays under its `.part` name.
 
     An image that a killed run had given its final name already is adopted, if it is what arrived.
     Raises IntegrityMismatch, ToolFailed, DiskFull, InvalidInput.
     """
     _refuse_another_format(files, options.format)
-    image = files.final(options.format)
-    verified: ReadBack = "skipped"
-    adopted = image.exists()
+    converted = (arrived.format, "none") != (options.format, options.compression)
+    image, adopted = files.final(options.format), files.final(options.format).exists()
     if not adopted:
-        image = files.part(options.format)
-        if options.format == "qcow2":
-            await convert(vm, arrived, files.raw_part, image)
-    if adopted or not options.skip_readback:
-        verified = await read_back(vm, arrived, image, files.sidecar, options.format)
-    return _image(arrived, options.format, verified)
+        image = files.converted if converted else files.part(options.format)
+        if converted:
+            await convert(vm, arrived, files, options)
+        else:
+            _say_skipped(arrived)
+    skip = options.skip_readback and not adopted
+    verified = await read_back(vm, arrived, image, files.sidecar, options.format, skip=skip)
+    return _image(arrived, options.format, verified, converted=converted)
 
 
 def _refuse_another_format(files: DiskFiles, wanted: ImageFormat) -> None:
@@ -48,27 +49,43 @@ def _refuse_another_format(files: DiskFiles, wanted: ImageFormat) -> None:
             )
 
 
+def _say_skipped(arrived: Arrival) -> None:
+    index, what = arrived.disk.index, arrived.format
+    get_run_logger().info("convert skipped disk=%d: %s was written as the bytes arrived", index, what)
+
+
 @task(name="convert", task_run_name="convert {vm.name} disk {arrived.disk.index}", cache_policy=NO_CACHE)
-async def convert(vm: VirtualMachine, arrived: Arrival, raw: Path, part: Path) -> None:
-    """Make a qcow2 of the raw part, sparse where that is."""
+async def convert(vm: VirtualMachine, arrived: Arrival, files: DiskFiles, options: ExportJob) -> None:
+    """Make the image asked for of the part that arrived, sparse where that is."""
     stop, disk = threading.Event(), arrived.disk
     label, key = f"convert {vm.name} disk {disk.index}", f"convert-{vm.moref}-disk-{disk.index}"
     async with metered(label, disk.capacity_bytes, key=key) as meter:
-        await in_thread(_convert, stop, raw, part, meter, stop)
-
-
-def _convert(source: Path, part: Path, meter: Meter, stop: threading.Event) -> None:
-    qemu.convert(source, part, source_format="raw", target_format="qcow2", progress=meter.percent, stop=stop)
-    qemu.check(part, stop=stop)
+        await in_thread(
+            qemu.convert,
+            stop,
+            files.part(arrived.format),
+            files.converted,
+            source_format=arrived.format,
+            target_format=options.format,
+            compression=options.compression,
+            progress=meter.percent,
+            stop=stop,
+        )
 
 
 @task(name="verify", task_run_name="verify {vm.name} disk {arrived.disk.index}", cache_policy=NO_CACHE)
 async def read_back(
-    vm: VirtualMachine, arrived: Arrival, image: Path, sidecar: Path, image_format: ImageFormat
+    vm: VirtualMachine, arrived: Arrival, image: Path, sidecar: Path, image_format: ImageFormat, *, skip: bool = False
 ) -> ReadBack:
-    """Read an image back through its own format and compare it leaf by leaf with what passed through memory."""
+    """Check an image, read it back through its own format, compare leaf by leaf with what passed through memory.
+
+    skip: its metadata is checked, no more.
+    """
     stop, disk = threading.Event(), arrived.disk
     label, key = f"verify {vm.name} disk {disk.index}", f"verify-{vm.moref}-disk-{disk.index}"
+    if skip:
+        await in_thread(qemu.check, stop, image, format=image_format, stop=stop)
+        return "skipped"
     async with metered(label, disk.capacity_bytes, key=key) as meter:
         verified = await in_thread(_verify, stop, arrived, image, sidecar, image_format, meter, stop)
     get_run_logger().info("verified vm=%s disk=%d path=%s readback=%s", vm.moref, disk.index, image, verified)
@@ -78,13 +95,14 @@ async def read_back(
 def _verify(
     arrived: Arrival, image: Path, sidecar: Path, image_format: ImageFormat, meter: Meter, stop: threading.Event
 ) -> Literal["direct", "cached"]:
+    qemu.check(image, format=image_format, stop=stop)
     with Digests.open(sidecar) as digests:
         if digests.image_digest() != arrived.digest:
             raise IntegrityMismatch(path=sidecar, where="the digests themselves changed on disk")
         return verify(image, format=image_format, digests=digests, progress=meter.add, stop=stop)
 
 
-def _image(arrived: Arrival, image_format: ImageFormat, verified: ReadBack) -> DiskImage:
+def _image(arrived: Arrival, image_format: ImageFormat, verified: ReadBack, *, converted: bool) -> DiskImage:
     disk = arrived.disk
     return DiskImage(
         index=disk.index,
@@ -98,6 +116,7 @@ def _image(arrived: Arrival, image_format: ImageFormat, verified: ReadBack) -> D
         digest=arrived.digest,
         bytes_transferred=arrived.bytes_transferred,
         road=arrived.road,
+        converted=converted,
         verified=verified,
         seconds=arrived.seconds,
     )

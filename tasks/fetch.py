@@ -8,15 +8,22 @@ from collections.abc import Mapping
 from tasks.images.copy import CopyResult, copy
 from tasks.images.layout import DiskFiles
 from tasks.images.target import open_target
+from tasks.models import ArrivalFormat
 from tasks.steps import Meter
 from tasks.transports.folder import FolderDisk, FolderReader
 from tasks.vsphere.session import borrow
 
 
 def fetch(
-    source: FolderDisk, files: DiskFiles, *, binding: Mapping[str, str | int], meter: Meter, stop: threading.Event
+    source: FolderDisk,
+    files: DiskFiles,
+    *,
+    binding: Mapping[str, str | int],
+    format: ArrivalFormat = "raw",
+    meter: Meter,
+    stop: threading.Event,
 ) -> CopyResult:
-    """Copy what is missing of `source` into the raw part of `files`; what an earlier run left is gone on with.
+    """Copy what is missing of `source` into the part of `files` in `format`; what an earlier run left is gone on with.
 
     binding: what the bytes are of, down to the point in time. Borrows the process's session.
     Raises what `copy`, `open_target` and entering a `FolderReader` raise.
@@ -24,7 +31,7 @@ def fetch(
     with (
         borrow(source.connection) as session,
         FolderReader(source, cookie=lambda: session.cookie, renew=session.renew) as reader,
-        open_target(files, size=reader.size, binding=binding, stop=stop) as target,
+        open_target(files, size=reader.size, binding=binding, format=format, stop=stop) as target,
     ):
         meter.expect(sum(extent.length for extent in target.missing))
         return copy(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 
@@ -202,24 +202,28 @@ class Extent(Value):
 # ── what came of it ──────────────────────────────────────────────────────────────────────────────────
 
 
+ImageFormat = Literal["qcow2", "raw", "vmdk", "vdi", "vhdx"]
+ArrivalFormat = Literal["raw", "qcow2"]
+Compression = Literal["none", "zlib", "zstd"]
+ReadBack = Literal["direct", "cached", "skipped"]
+
+
 class Arrival(Value):
-    """One disk as it arrived: a raw part and its digests, not yet verified, not yet under a final name."""
+    """One disk as it arrived: a part in `format` and its digests, not yet verified, not yet under a final name."""
 
     disk: VirtualDisk
+    format: ArrivalFormat = "raw"
     digest: str
     bytes_transferred: int
     road: str
     seconds: float
 
 
-ImageFormat = Literal["qcow2", "raw"]
-ReadBack = Literal["direct", "cached", "skipped"]
-
-
 class DiskImage(Value):
     """One disk as it lies here. `digest` is of the guest-visible content, whatever the format.
 
-    `path` is relative to the manifest's folder. `verified` says how it was read back: `direct` past the page
+    `path` is relative to the manifest's folder. `converted`: by a second pass, not
+    as the bytes arrived. `verified` says how it was read back: `direct` past the page
     cache, `cached` where the file system refuses that, `skipped` where the operator said so.
     """
 
@@ -234,6 +238,7 @@ class DiskImage(Value):
     digest: str
     bytes_transferred: int
     road: str
+    converted: bool = False
     verified: ReadBack
     seconds: float = 0.0
 
@@ -339,8 +344,16 @@ class ExportJob(JobOptions):
     format: ImageFormat = Field(
         default="qcow2",
         title="Image format",
-        description="qcow2 (thin, what libvirt prefers) or raw (sparse file).",
+        description="qcow2 (thin, what libvirt prefers) or raw (sparse file), written as the bytes arrive; vmdk, vdi "
+        "and vhdx are converted from raw afterwards, which takes room for both.",
         examples=["qcow2"],
+    )
+    compression: Compression = Field(
+        default="none",
+        title="Compression",
+        description="Of qcow2, in a second pass over what arrived, which takes room for both: zstd (QEMU 5.1 or newer) "
+        "or zlib. none: written in one pass.",
+        examples=["none"],
     )
     transport: ExportTransport = Field(
         default=ExportTransport.auto,
@@ -382,6 +395,17 @@ class ExportJob(JobOptions):
         description="Do not read the target again to verify it. The report says that it was skipped.",
         examples=[False],
     )
+
+    @property
+    def arrival_format(self) -> ArrivalFormat:
+        """The format in which disks arrive: the one asked for, where one pass can write that."""
+        return "qcow2" if self.format == "qcow2" and self.compression == "none" else "raw"
+
+    @model_validator(mode="after")
+    def _compressible(self) -> Self:
+        if self.compression != "none" and self.format != "qcow2":
+            raise ValueError(f"compression {self.compression} is of qcow2 images, and the format is {self.format}")
+        return self
 
 
 class DownloadJob(JobOptions):
@@ -451,6 +475,7 @@ class ExportOptions(BaseModel):
     transport: str = "auto"
     vddk_libdir: Path | None = None
     format: str = "qcow2"
+    compression: str = "none"
     quiesce: bool = False
     allow_crash_consistent: bool = False
     snapshot_moref: str | None = None

@@ -77,6 +77,7 @@ def markdown(manifest: Manifest, folder: Path) -> str:
         f"| Snapshot | {cell(snapshot.name)}, {snapshot.created} |" if snapshot else "| Snapshot | none |",
         f"| Output | {cell(str(folder))} |",
         f"| Consistent | {'all disks of one point in time' if manifest.consistent else 'no'} |",
+        f"| Conversion | {_conversion(manifest)} |",
         *(f"| Disk {image.index} | {cell(image.source)} |" for image in manifest.disks),
         *(f"| Digest {image.index} | {cell(image.digest)} |" for image in manifest.disks),
         "",
@@ -88,6 +89,11 @@ def markdown(manifest: Manifest, folder: Path) -> str:
         f"Manifest: `{MANIFEST}`, {manifest.created}",
     ]
     return "\n".join(lines)
+
+
+def _conversion(manifest: Manifest) -> str:
+    converted = [str(image.index) for image in manifest.disks if image.converted]
+    return f"disks {', '.join(converted)}, after they arrived" if converted else "skipped: written as the bytes arrived"
 
 
 def _row(image: DiskImage) -> str:

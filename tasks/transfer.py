@@ -1,4 +1,4 @@
-"""Step: one disk, by the road chosen, into a raw part; what an earlier run left of it is gone on with."""
+"""Step: one disk, by the road chosen, into a part; what an earlier run left of it is gone on with."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from tasks.fetch import fetch
 from tasks.images.copy import CopyResult
 from tasks.images.output import DiskFiles
 from tasks.images.state import JobState
-from tasks.models import Arrival, Connection, VirtualDisk
+from tasks.models import Arrival, ArrivalFormat, Connection, VirtualDisk
 from tasks.steps import Meter, connection_of, in_thread, metered
 from tasks.transports.folder import FolderDisk
 
 
 @task(name="transfer", task_run_name="transfer {job.vm.name} disk {disk.index}", cache_policy=NO_CACHE)
-async def transfer(vcenter: VCenter, job: JobState, disk: VirtualDisk, files: DiskFiles) -> Arrival:
-    """Copy one disk of a job to its raw part, with the digests of what passed through memory, and a journal.
+async def transfer(
+    vcenter: VCenter, job: JobState, disk: VirtualDisk, files: DiskFiles, arrival_format: ArrivalFormat
+) -> Arrival:
+    """Copy one disk of a job to its part, with the digests of what passed through memory, and a journal.
 
     Cancelled, it returns only when no thread of it reads or writes any more.
     Raises FileLocked, UnsupportedDisk, TransferInterrupted, DiskFull, IntegrityMismatch, SessionExpired, ….
@@ -29,21 +31,32 @@ async def transfer(vcenter: VCenter, job: JobState, disk: VirtualDisk, files: Di
     stop, started = threading.Event(), time.monotonic()
     label, key = f"transfer {job.vm.name} disk {disk.index}", f"transfer-{job.vm.moref}-disk-{disk.index}"
     async with metered(label, disk.capacity_bytes, key=key) as meter:
-        result = await in_thread(_copy, stop, connection_of(vcenter), job, disk, files, meter, stop)
+        result = await in_thread(_copy, stop, connection_of(vcenter), job, disk, files, arrival_format, meter, stop)
     seconds = time.monotonic() - started
     get_run_logger().info(
         "transferred vm=%s disk=%d bytes=%d seconds=%.1f", job.vm.moref, disk.index, result.bytes_transferred, seconds
     )
     return Arrival(
-        disk=disk, digest=result.digest, bytes_transferred=result.bytes_transferred, road="folder", seconds=seconds
+        disk=disk,
+        format=arrival_format,
+        digest=result.digest,
+        bytes_transferred=result.bytes_transferred,
+        road="folder",
+        seconds=seconds,
     )
 
 
 def _copy(
-    connection: Connection, job: JobState, disk: VirtualDisk, files: DiskFiles, meter: Meter, stop: threading.Event
+    connection: Connection,
+    job: JobState,
+    disk: VirtualDisk,
+    files: DiskFiles,
+    arrival_format: ArrivalFormat,
+    meter: Meter,
+    stop: threading.Event,
 ) -> CopyResult:
     source = FolderDisk.of(disk, vm=job.vm, connection=connection)
-    return fetch(source, files, binding=_binding(job, disk), meter=meter, stop=stop)
+    return fetch(source, files, binding=_binding(job, disk), format=arrival_format, meter=meter, stop=stop)
 
 
 def _binding(job: JobState, disk: VirtualDisk) -> dict[str, str | int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tasks.images.files import part_of
 
-_LEFT_OVER = re.compile(r"disk-\d+\.(journal|(raw|qcow2|digests)\.part)")
+_LEFT_OVER = re.compile(r"disk-\d+\.(journal|(raw|qcow2|converted|digests)\.part)")
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,17 @@ class DiskFiles:
 
     @property
     def raw_part(self) -> Path:
-        """What arrives from the source, whatever format it gets in the end."""
+        """What arrives from the source byte for byte."""
         return self.part("raw")
 
     @property
+    def converted(self) -> Path:
+        """What a second pass makes of the part that arrived, if there is one."""
+        return self._named("converted.part")
+
+    @property
     def journal(self) -> Path:
-        """Which extents of the raw part are durable."""
+        """Which extents of the part that arrives are durable."""
         return self._named("journal")
 
     @property

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 from tasks.errors import OutputExists
 from tasks.images.files import publish, sync
 from tasks.images.layout import DiskFiles
 from tasks.images.manifest import MANIFEST, write_manifest
 from tasks.images.state import JobState, discard
-from tasks.models import Manifest
+from tasks.models import ImageFormat, Manifest
 
 __all__ = ["MANIFEST", "DiskFiles", "land_all", "refuse_existing"]
 
@@ -25,8 +26,8 @@ def refuse_existing(folder: Path, state: JobState | None) -> None:
         raise OutputExists(path=folder / MANIFEST, why="an earlier export put it there")
     if state and state.all_arrived:
         return
-    for pattern in ("disk-*.qcow2", "disk-*.raw", "disk-*.digests"):
-        for path in sorted(folder.glob(pattern)):
+    for ending in (*get_args(ImageFormat), "digests"):
+        for path in sorted(folder.glob(f"disk-*.{ending}")):
             raise OutputExists(path=path, why="an earlier export put it there")
 
 
@@ -39,7 +40,7 @@ def land_all(folder: Path, manifest: Manifest) -> None:
     for image in manifest.disks:
         files = DiskFiles(folder, image.index)
         _name(files.digests_part, files.digests)
-        _name(files.part(image.format), files.final(image.format))
+        _name(files.converted if image.converted else files.part(image.format), files.final(image.format))
     sync(folder)
     write_manifest(folder, manifest)
     discard(folder)

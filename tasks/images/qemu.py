@@ -17,10 +17,8 @@ from typing import Literal
 from tasks import process
 from tasks.errors import DiskFull, FileLocked, IntegrityMismatch, ToolFailed, UnsupportedDisk
 from tasks.images.files import allocated_bytes, free_bytes, sync
+from tasks.models import Compression, ImageFormat
 from tasks.nbd import NbdClient
-
-Format = Literal["raw", "qcow2"]
-Cache = Literal["none", "writeback"]
 
 PACKAGE = "qemu-utils"
 START_S = 10.0  # for qemu-nbd to serve
@@ -38,12 +36,24 @@ _WRITERS = (101, 3)  # write, write unchanged, resize
 _ANYBODY = (100, 128)
 
 
+def create(path: Path, *, size: int) -> None:
+    """Start an empty qcow2 image of `size` bytes in place of what is there, once no dying process holds that.
+
+    Raises FileLocked, ToolFailed.
+    """
+    if path.exists():
+        _wait_for_lock(path, read_only=False)
+        path.unlink()
+    process.run(["qemu-img", "create", "-q", "-f", "qcow2", named(path), str(size)], package=PACKAGE)
+
+
 def convert(
     source: Path,
     target: Path,
     *,
-    source_format: Format,
-    target_format: Format,
+    source_format: ImageFormat,
+    target_format: ImageFormat,
+    compression: Compression = "none",
     progress: Callable[[float], None] | None = None,
     stop: threading.Event | None = None,
 ) -> None:
@@ -52,9 +62,9 @@ def convert(
     Durable on return. Raises DiskFull, ToolFailed, or Stopped once `stop` is set; the target is worthless then.
     """
     _need_room(source, target)
-    cache = "none" if takes_direct(target.parent) else "writeback"
-    formats = ["-f", source_format, "-O", target_format, "-t", cache]
-    argv = ["qemu-img", "convert", "-p", *formats, named(source), named(target)]
+    formats = ["-f", source_format, "-O", target_format, "-t", _cache(target.parent)]
+    packed = ["-c", "-o", f"compression_type={compression}"] if compression != "none" else []
+    argv = ["qemu-img", "convert", "-p", *formats, *packed, named(source), named(target)]
     try:
         process.run(argv, progress=progress, stop=stop, package=PACKAGE)
     except ToolFailed as error:
@@ -70,19 +80,26 @@ def _need_room(source: Path, target: Path, *, after: ToolFailed | None = None) -
         raise DiskFull(path=str(target), need=need, have=have) from after
 
 
-def check(path: Path, *, format: Format = "qcow2", stop: threading.Event | None = None) -> None:
-    """Raise IntegrityMismatch where the metadata of an image is damaged or leaks clusters. Raw has none to check."""
+def check(
+    path: Path, *, format: ImageFormat = "qcow2", mend_leaks: bool = False, stop: threading.Event | None = None
+) -> None:
+    """Raise IntegrityMismatch where the metadata of an image is damaged or leaks clusters. Raw has none to check.
+
+    mend_leaks: give clusters back that nothing refers to, as a writer leaves them that was killed. Raises FileLocked.
+    """
     if format == "raw":
         return
+    _wait_for_lock(path, read_only=not mend_leaks)
+    mending = ["-r", "leaks"] if mend_leaks else []
     try:
-        process.run(["qemu-img", "check", "-q", "-f", format, named(path)], stop=stop, package=PACKAGE)
+        process.run(["qemu-img", "check", "-q", *mending, "-f", format, named(path)], stop=stop, package=PACKAGE)
     except ToolFailed as error:
         if error.status not in (_CORRUPT, _LEAKED):
             raise
         raise IntegrityMismatch(path=str(path), where=f"qemu-img check: {' '.join(error.last_lines)}") from error
 
 
-def virtual_size(path: Path, *, format: Format) -> int:
+def virtual_size(path: Path, *, format: Literal["raw", "qcow2"]) -> int:
     """Return the size in bytes that a guest sees.
 
     Read from the header, not by qemu-img, which follows what an untrusted header names (CVE-2024-4467). Raises
@@ -113,28 +130,41 @@ def takes_direct(path: Path) -> bool:
     return True
 
 
+def _cache(path: Path) -> str:
+    """Return how QEMU is to open a file: past the page cache where the file system lets it."""
+    return "none" if takes_direct(path) else "writeback"
+
+
 @contextmanager
 def qemu_nbd(
     path: Path,
     *,
-    format: Format,
+    format: ImageFormat,
     read_only: bool = True,
-    cache: Cache = "none",
     connections: int = CONNECTIONS,
 ) -> Iterator[Path]:
-    """Serve an image for the block; yield the path of the unix socket. Ends with the thread that enters.
+    """Serve an image for the block, past the page cache where that can be; yield the path of the unix socket.
 
-    Raises FileLocked where another process keeps the image, ToolFailed where qemu-nbd will not serve it.
+    Ends with the thread that enters.
+
+    Raises FileLocked where another process keeps the image, ToolFailed where qemu-nbd will not serve it, or died of
+    what the block asked of it.
     """
-    virtual_size(path, format=format)
+    if format == "qcow2":
+        virtual_size(path, format=format)
     _wait_for_lock(path, read_only=read_only)
     with tempfile.TemporaryDirectory(prefix="hyper2kvm-") as folder:
         address = Path(folder) / "nbd"
-        options = ["-f", format, "--persistent", "-e", str(connections), "--cache", cache, "-k", str(address)]
+        options = ["-f", format, "--persistent", "-e", str(connections), "--cache", _cache(path), "-k", str(address)]
         rights = ["--read-only"] if read_only else ["--discard=unmap", "--detect-zeroes=unmap"]
         with process.child(["qemu-nbd", *options, *rights, named(path)]) as server:
             _wait_for_server(server, address)
-            yield address
+            try:
+                yield address
+            except OSError as error:
+                if process.wait_for_end(server, POLL_S):
+                    raise _not_serving(server) from error
+                raise
 
 
 def named(path: Path) -> str:
@@ -162,6 +192,7 @@ def _serves(address: Path) -> bool:
 
 def _not_serving(server: subprocess.Popen[bytes]) -> ToolFailed:
     assert server.stderr
+    server.poll()
     lines = tuple(server.stderr.read().decode(errors="replace").splitlines())[-process.LAST_LINES :]
     return ToolFailed(argv=("qemu-nbd",), status=server.returncode, last_lines=lines)
 

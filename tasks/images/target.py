@@ -7,16 +7,20 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-from tasks.errors import InvalidInput
+from tasks.errors import IntegrityMismatch, InvalidInput, UnsupportedDisk
 from tasks.images.digests import LEAF_BYTES, Digests
 from tasks.images.extents import whole_disk, without
 from tasks.images.files import sync
 from tasks.images.journal import Journal
 from tasks.images.layout import DiskFiles
+from tasks.images.qcow2 import Qcow2Writer
+from tasks.images.qemu import check, virtual_size
 from tasks.images.raw import RawWriter
 from tasks.images.verify import compare
-from tasks.models import Extent
+from tasks.images.writer import Writer
+from tasks.models import ArrivalFormat, Extent
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +29,7 @@ _log = logging.getLogger(__name__)
 class Target:
     """An open raw part with its digests and journal. missing: what to copy. kept_bytes: what need not be."""
 
-    writer: RawWriter
+    writer: Writer
     digests: Digests
     journal: Journal
     missing: tuple[Extent, ...]
@@ -34,26 +38,33 @@ class Target:
 
 @contextmanager
 def open_target(
-    files: DiskFiles, *, size: int, binding: Mapping[str, str | int], stop: threading.Event | None = None
+    files: DiskFiles,
+    *,
+    size: int,
+    binding: Mapping[str, str | int],
+    format: ArrivalFormat = "raw",
+    stop: threading.Event | None = None,
 ) -> Iterator[Target]:
-    """Open the target of a disk of `size` bytes for the block.
+    """Open the target of a disk of `size` bytes for the block: the part of `files` in that format.
 
     binding: what the bytes are of, down to the point in time; what was kept under any other is not used.
     Every leaf that is kept has been read back and compared with its digest, past the page cache where the file system
     lets us; those that differ are among the missing. Raises DiskFull, ToolFailed, FileLocked, Stopped.
     """
-    with Journal.open(files.journal, binding={**binding, "size": size}) as journal:
-        kept = _kept(files, size, journal, stop)
+    part = files.part(format)
+    with Journal.open(files.journal, binding={**binding, "size": size, "format": format}) as journal:
+        kept = _kept(files, format, size, journal, stop)
         if not kept:
             journal.restart()  # first: what it covers is gone with the next step
-        with _writer(files, size, anew=not kept) as writer, _digests(files, size, anew=not kept) as digests:
+        with _writer(part, format, size, anew=not kept) as writer, _digests(files, size, anew=not kept) as digests:
             sync(files.folder)
             missing = without(whole_disk(size), kept)
             yield Target(writer, digests, journal, missing, sum(extent.length for extent in kept))
 
 
-def _writer(files: DiskFiles, size: int, *, anew: bool) -> RawWriter:
-    return RawWriter.create(files.raw_part, size=size) if anew else RawWriter.open(files.raw_part)
+def _writer(part: Path, format: ArrivalFormat, size: int, *, anew: bool) -> Writer:
+    kind = RawWriter if format == "raw" else Qcow2Writer
+    return kind.create(part, size=size) if anew else kind.open(part)
 
 
 def _digests(files: DiskFiles, size: int, *, anew: bool) -> Digests:
@@ -62,9 +73,12 @@ def _digests(files: DiskFiles, size: int, *, anew: bool) -> Digests:
     return Digests.open(files.digests_part, writable=True)
 
 
-def _kept(files: DiskFiles, size: int, journal: Journal, stop: threading.Event | None) -> tuple[Extent, ...]:
+def _kept(
+    files: DiskFiles, format: ArrivalFormat, size: int, journal: Journal, stop: threading.Event | None
+) -> tuple[Extent, ...]:
     """Return what the journal covers and the target still holds."""
-    if not journal.covered or not _of_size(files, size):
+    part = files.part(format)
+    if not journal.covered or not _usable(files, format, size, stop):
         return ()
     bad: list[Extent] = []
     with Digests.open(files.digests_part) as digests:
@@ -73,17 +87,20 @@ def _kept(files: DiskFiles, size: int, journal: Journal, stop: threading.Event |
             start = leaf * LEAF_BYTES
             bad.append(Extent(start=start, length=min(LEAF_BYTES, size - start)))
 
-        compare(files.raw_part, journal.covered, differs, format="raw", digests=digests, stop=stop)
+        compare(part, journal.covered, differs, format=format, digests=digests, stop=stop)
     if bad:
-        _log.warning("kept leaves differ and are fetched again path=%s leaves=%d", files.raw_part, len(bad))
+        _log.warning("kept leaves differ and are fetched again path=%s leaves=%d", part, len(bad))
     return without(journal.covered, bad)
 
 
-def _of_size(files: DiskFiles, size: int) -> bool:
-    """Tell whether raw part and sidecar are there, and those of a disk of `size` bytes."""
+def _usable(files: DiskFiles, format: ArrivalFormat, size: int, stop: threading.Event | None) -> bool:
+    """Tell whether part and sidecar are there, sound, and those of a disk of `size` bytes."""
     try:
         with Digests.open(files.digests_part) as digests:
-            return files.raw_part.stat().st_size == size == digests.size
-    except (FileNotFoundError, InvalidInput) as error:
+            if not virtual_size(files.part(format), format=format) == size == digests.size:
+                return False
+        check(files.part(format), format=format, mend_leaks=True, stop=stop)
+    except (FileNotFoundError, InvalidInput, UnsupportedDisk, IntegrityMismatch) as error:
         _log.warning("a journal without its target is not used path=%s error=%s", files.journal, error)
         return False
+    return True

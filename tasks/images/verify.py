@@ -13,8 +13,8 @@ from tasks.errors import IntegrityMismatch
 from tasks.images.digests import LEAF_BYTES, RECORD_BYTES, Digests, leaf_count, record_of
 from tasks.images.extents import leaf_aligned, pieces, whole_disk
 from tasks.images.pool import Pool
-from tasks.images.qemu import CONNECTIONS, Format, qemu_nbd, takes_direct
-from tasks.models import SECTOR_BYTES, Extent
+from tasks.images.qemu import CONNECTIONS, qemu_nbd, takes_direct
+from tasks.models import SECTOR_BYTES, Extent, ImageFormat
 from tasks.nbd import ZERO, NbdClient
 
 PIECE_BYTES = 32 * 1024 * 1024
@@ -24,7 +24,7 @@ REQUEST_BYTES = 1024 * 1024
 def verify(
     path: Path,
     *,
-    format: Format,
+    format: ImageFormat,
     digests: Digests,
     progress: Callable[[int], None] | None = None,
     stop: threading.Event | None = None,
@@ -52,7 +52,7 @@ def compare(
     extents: Iterable[Extent],
     differs: Callable[[int], object],
     *,
-    format: Format,
+    format: ImageFormat,
     digests: Digests,
     progress: Callable[[int], None] | None = None,
     stop: threading.Event | None = None,
@@ -60,8 +60,7 @@ def compare(
 ) -> Literal["direct", "cached"]:
     """As `verify`, but of `extents` (whole leaves) only, and every leaf that differs is told to `differs`."""
     direct = takes_direct(path)
-    cache: Literal["none", "writeback"] = "none" if direct else "writeback"
-    with qemu_nbd(path, format=format, cache=cache, connections=connections) as address, ExitStack() as stack:
+    with qemu_nbd(path, format=format, connections=connections) as address, ExitStack() as stack:
         clients = [stack.enter_context(NbdClient(address)) for _ in range(connections)]
         _check_size(path, clients[0].size, digests.size)
         back = _ReadBack(path, digests, differs, progress)

@@ -1,4 +1,4 @@
-"""What a writer of a disk image is; raw files have this shape, and qcow2 over NBD will."""
+"""What a writer of a disk image is; raw files and qcow2 over NBD have this shape."""
 
 from __future__ import annotations
 

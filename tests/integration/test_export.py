@@ -53,11 +53,16 @@ def sites():
         yield lab
 
 
-@pytest.mark.parametrize("image_format", ["qcow2", "raw"])
-async def test_a_running_vm_lands_as_its_guest_saw_it_at_the_snapshot(lab, tmp_path, image_format):
+@pytest.mark.parametrize(
+    ("image_format", "compression"),
+    [("qcow2", "none"), ("raw", "none"), ("qcow2", "zstd"), ("vmdk", "none"), ("vdi", "none"), ("vhdx", "none")],
+)
+async def test_a_running_vm_lands_as_its_guest_saw_it_at_the_snapshot(lab, tmp_path, image_format, compression):
     before, vm = children(), lab.vm("demo")
     lab.post("/guest-load", vm=vm["moref"], disk=0, bytes_per_s=1 << 20, seed=3)
-    manifest = await export(lab, tmp_path, "demo", format=image_format)
+    manifest = await export(lab, tmp_path, "demo", format=image_format, compression=compression)
+    in_one_pass = image_format in ("qcow2", "raw") and compression == "none"
+    assert [image.converted for image in manifest.disks] == [not in_one_pass] * 2
     lab.post("/guest-load", vm=vm["moref"], disk=0, stop=True)
     folder = tmp_path / "demo"
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}

@@ -242,10 +242,9 @@ async def test_a_kept_leaf_that_rotted_is_fetched_again(site, tmp_path, api):
     site.post("/stats/reset")
     with faults(site, throttle_bytes_per_s=48 * MIB):
         await asyncio.to_thread(kill_after, site, tmp_path, api, 120 * MIB)
-    part = tmp_path / "db" / "disk-0.raw.part"
-    with part.open("r+b") as file:
-        file.write(b"rot")
-    manifest = await export(site, tmp_path, "db", format="raw", skip_readback=True)
+    part = tmp_path / "db" / "disk-0.qcow2.part"
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -q -P 0x5a 0 512", part], check=True)
+    manifest = await export(site, tmp_path, "db", skip_readback=True)
     assert manifest.consistent
     assert_equal_to_the_frozen_chain(site, tmp_path / "db", tmp_path)
 

@@ -131,7 +131,15 @@ def test_every_field_of_the_form_has_a_title_a_description_and_an_example(mode):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"vm_name": ""}, {"format": "vhdx"}, {"parallel_disks": 0}, {"parallel_disks": 99}, {"colour": "red"}]
+    "wrong",
+    [
+        {"vm_name": ""},
+        {"format": "vpc"},
+        {"format": "raw", "compression": "zstd"},
+        {"parallel_disks": 0},
+        {"parallel_disks": 99},
+        {"colour": "red"},
+    ],
 )
 def test_a_wrong_option_is_refused(wrong):
     with pytest.raises(ValidationError):

@@ -13,6 +13,7 @@ import pytest
 
 from tasks.errors import DiskFull, IntegrityMismatch, ToolFailed, UnsupportedDisk
 from tasks.images import qemu
+from tasks.models import Compression
 from tasks.nbd import NbdClient
 from tasks.process import Stopped
 from tests.unit.images.fakes import leaves
@@ -59,6 +60,17 @@ def test_a_source_that_is_not_there_fails_with_what_the_tool_said(tmp_path: Path
     with pytest.raises(ToolFailed, match="No such file") as raised:
         qemu.convert(tmp_path / "none", tmp_path / "x", source_format="raw", target_format="qcow2")
     assert raised.value.tool == "qemu-img"
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+def test_compressed_it_is_smaller_and_equal(tmp_path: Path, compression: Compression) -> None:
+    raw, target = tmp_path / "x.raw", tmp_path / "x.qcow2"
+    raw.write_bytes(b"a row of a database\n" * 52428 + b"end.")
+    qemu.convert(raw, target, source_format="raw", target_format="qcow2", compression=compression)
+    assert target.stat().st_size < raw.stat().st_size / 2
+    info = subprocess.run(["qemu-img", "info", "--output=json", target], stdout=subprocess.PIPE, check=True)
+    assert json.loads(info.stdout)["format-specific"]["data"]["compression-type"] == compression
+    subprocess.run(["qemu-img", "compare", "-q", raw, target], check=True)
 
 
 def test_a_full_disk_is_named(tmp_path: Path, small_disk: Path) -> None:

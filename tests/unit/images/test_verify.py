@@ -1,5 +1,6 @@
 import threading
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -10,14 +11,15 @@ from tasks.images.digests import LEAF_BYTES, ZERO_RECORD, Digests
 from tasks.images.extents import whole_disk
 from tasks.images.raw import RawWriter
 from tasks.images.verify import verify
+from tasks.models import ImageFormat
 from tasks.process import Stopped
 from tests.unit.images.fakes import FakeReader, ShiftingWriter, leaves
 
 CONTENT = leaves("ab0c" + 40 * "0" + "def0", tail=1024)
-FORMATS = pytest.mark.parametrize("format", ["raw", "qcow2"])
+FORMATS = pytest.mark.parametrize("format", get_args(ImageFormat))
 
 
-def copied(folder: Path, format: qemu.Format, *, shift: tuple[int, int] = (-1, 0), content: bytes = CONTENT) -> Path:
+def copied(folder: Path, format: ImageFormat, *, shift: tuple[int, int] = (-1, 0), content: bytes = CONTENT) -> Path:
     """Copy `content` to an image of `format`, one write shifted; return its path."""
     raw = folder / "x.raw.part"
     writer = ShiftingWriter.create(raw, size=len(content))
@@ -27,17 +29,17 @@ def copied(folder: Path, format: qemu.Format, *, shift: tuple[int, int] = (-1, 0
         copy(reader, whole_disk(reader.size), writer, digests=digests)
     if format == "raw":
         return raw
-    qemu.convert(raw, folder / "x.qcow2.part", source_format="raw", target_format="qcow2")
-    return folder / "x.qcow2.part"
+    qemu.convert(raw, folder / "x.part", source_format="raw", target_format=format)
+    return folder / "x.part"
 
 
-def read_back(path: Path, format: qemu.Format, **options: object) -> str:
+def read_back(path: Path, format: ImageFormat, **options: object) -> str:
     with Digests.open(path.parent / "x.digests") as digests:
         return verify(path, format=format, digests=digests, **options)  # type: ignore[arg-type]
 
 
 @FORMATS
-def test_what_was_copied_passes_and_progress_adds_up(tmp_path: Path, format: qemu.Format) -> None:
+def test_what_was_copied_passes_and_progress_adds_up(tmp_path: Path, format: ImageFormat) -> None:
     done: list[int] = []
     how = read_back(copied(tmp_path, format), format, progress=done.append)
     assert how == ("direct" if qemu.takes_direct(tmp_path) else "cached")
@@ -46,7 +48,7 @@ def test_what_was_copied_passes_and_progress_adds_up(tmp_path: Path, format: qem
 
 @FORMATS
 @pytest.mark.parametrize("by", [512, LEAF_BYTES, 20 * LEAF_BYTES])
-def test_a_write_at_a_wrong_offset_is_found(tmp_path: Path, format: qemu.Format, by: int) -> None:
+def test_a_write_at_a_wrong_offset_is_found(tmp_path: Path, format: ImageFormat, by: int) -> None:
     with pytest.raises(IntegrityMismatch, match=f"the first at byte {LEAF_BYTES}"):
         read_back(copied(tmp_path, format, shift=(LEAF_BYTES, by)), format)
 
@@ -71,7 +73,7 @@ def test_a_flipped_bit_in_a_qcow2_target_is_found(tmp_path: Path) -> None:
 
 
 @FORMATS
-def test_data_that_was_never_written_is_found(tmp_path: Path, format: qemu.Format) -> None:
+def test_data_that_was_never_written_is_found(tmp_path: Path, format: ImageFormat) -> None:
     """A hole where the record is not zero."""
     path = copied(tmp_path, format)
     with Digests.open(tmp_path / "x.digests", writable=True) as digests:
@@ -90,7 +92,7 @@ def test_data_where_the_record_says_zero_is_found(tmp_path: Path) -> None:
 
 
 @FORMATS
-def test_an_image_of_another_size_is_found(tmp_path: Path, format: qemu.Format) -> None:
+def test_an_image_of_another_size_is_found(tmp_path: Path, format: ImageFormat) -> None:
     path = copied(tmp_path, format)
     with Digests.create(tmp_path / "x.digests", size=len(CONTENT) + LEAF_BYTES):
         pass
