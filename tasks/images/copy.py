@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
+from itertools import groupby
 
 from pydantic import Field
 from tenacity import (
@@ -145,17 +146,24 @@ class _Copy:
         if piece.left:
             raise Misread(f"the source left out {piece.left} leaves, the first at {piece.first_missing}")
 
-    def _land(self, leaf: int, content: Buffer) -> None:
-        record, offset = record_of(content), leaf * LEAF_BYTES
-        if record == ZERO_RECORD:
-            self._writer.zero(offset, len(content))
-        else:
-            self._writer.write(offset, content)
-        self._digests.put(leaf, record)
-        self._count(covered=len(content), written=len(content) if record != ZERO_RECORD else 0)
+    def _land(self, first: int, content: Buffer) -> None:
+        """Write whole leaves, from number `first` on, those of zeros as holes."""
+        start, view, written = first * LEAF_BYTES, memoryview(content), 0
+        records = [record_of(view[at : at + LEAF_BYTES]) for at in range(0, len(view), LEAF_BYTES)]
+        at = 0
+        for zeros, group in groupby(record == ZERO_RECORD for record in records):
+            part = view[at : at + LEAF_BYTES * len(tuple(group))]
+            if zeros:
+                self._writer.zero(start + at, len(part))
+            else:
+                self._writer.write(start + at, part)
+                written += len(part)
+            at += len(part)
+        self._digests.put(first, b"".join(records))
+        self._count(covered=len(view), written=written)
         if self._progress:
-            self._progress(len(content))
-        self._checkpoints.landed(Extent(start=offset, length=len(content)))
+            self._progress(len(view))
+        self._checkpoints.landed(Extent(start=start, length=len(view)))
 
     def _count(self, *, received: int = 0, covered: int = 0, written: int = 0) -> None:
         with self._lock:

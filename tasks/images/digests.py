@@ -80,11 +80,11 @@ class Digests:
     def __exit__(self, *exc: object) -> None:
         os.close(self._fd)
 
-    def put(self, leaf: int, record: bytes) -> None:
-        """Record the digest of a leaf; zeros are not written over zeros, which keeps the file sparse."""
-        if record != ZERO_RECORD or self.get(leaf) != ZERO_RECORD:
-            with naming_full_disk(self.path, need=RECORD_BYTES):
-                os.pwrite(self._fd, record, HEADER_BYTES + leaf * RECORD_BYTES)
+    def put(self, first: int, records: bytes) -> None:
+        """Record the digests of the leaves from `first` on; zeros are not written over zeros: the file stays sparse."""
+        if not is_zero(records) or not is_zero(self.records(first, len(records) // RECORD_BYTES)):
+            with naming_full_disk(self.path, need=len(records)):
+                os.pwrite(self._fd, records, HEADER_BYTES + first * RECORD_BYTES)
 
     def get(self, leaf: int) -> bytes:
         """Return the record of a leaf."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tasks.images.digests import LEAF_BYTES, Buffer
+from tasks.images.digests import LEAF_BYTES, Buffer, leaf_count
 from tasks.models import Extent
 
 
@@ -43,23 +43,31 @@ class Piece:
         return [self._extent_of(first, last) for first, last in runs]
 
     def take(self, offset: int, buffer: memoryview) -> Iterator[tuple[int, Buffer]]:
-        """Yield `(leaf, content)` for every leaf that `buffer` completes; content is good until the next is asked for.
+        """Yield `(leaf, content)` for what `buffer` completes: the leaves from `leaf` on, the last perhaps a short one.
 
-        A leaf that lies whole in `buffer` is not copied. Raises Misread.
+        Content is good until the next is asked for. Leaves that lie whole in `buffer` are not copied. Raises Misread.
         """
         while buffer:
             leaf, at = divmod(offset, LEAF_BYTES)
             length = min(LEAF_BYTES, self.extent.end - leaf * LEAF_BYTES)
-            part, buffer = buffer[: LEAF_BYTES - at], buffer[LEAF_BYTES - at :]
-            if leaf not in self._missing or at + len(part) > length:
+            whole = self._whole_leaves(offset, len(buffer)) or LEAF_BYTES - at
+            part, buffer = buffer[:whole], buffer[whole:]
+            leaves = range(leaf, leaf + leaf_count(at + len(part)))
+            if offset + len(part) > self.extent.end or not self._missing.issuperset(leaves):
                 raise Misread(f"the source gave bytes at {offset} twice, or unasked")
             offset += len(part)
-            if len(part) == length:
-                yield self._complete(leaf, part)
+            if len(part) >= length:
+                yield self._complete(leaves, part)
             elif self._put(leaf, length, at, part):
                 content = self._open.pop(leaf).content
-                yield self._complete(leaf, content)
+                yield self._complete(leaves, content)
                 self._keep(content)
+
+    def _whole_leaves(self, offset: int, length: int) -> int:
+        """Return how many of `length` bytes at `offset` are whole leaves, the extent's last one among them."""
+        if offset % LEAF_BYTES:
+            return 0
+        return length if offset + length == self.extent.end else length // LEAF_BYTES * LEAF_BYTES
 
     def _put(self, leaf: int, length: int, at: int, part: memoryview) -> bool:
         if leaf not in self._open:
@@ -67,11 +75,12 @@ class Piece:
             self._open[leaf] = _OpenLeaf(spare)
         return self._open[leaf].put(at, part)
 
-    def _complete(self, leaf: int, content: Buffer) -> tuple[int, Buffer]:
-        if leaf in self._open:
-            raise Misread(f"the source gave bytes of the leaf at {leaf * LEAF_BYTES} twice")
-        self._missing.remove(leaf)
-        return leaf, content
+    def _complete(self, leaves: range, content: Buffer) -> tuple[int, Buffer]:
+        for leaf in leaves:
+            if leaf in self._open:
+                raise Misread(f"the source gave bytes of the leaf at {leaf * LEAF_BYTES} twice")
+        self._missing.difference_update(leaves)
+        return leaves[0], content
 
     def _keep(self, content: bytearray) -> None:
         if len(content) == LEAF_BYTES:

@@ -1,4 +1,4 @@
-"""Writing a sparse raw file."""
+"""Writing a sparse raw file, past the page cache where that can be: a copy of terabytes evicts nothing from it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tasks.images.files import naming_full_disk
 
 PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01  # linux/falloc.h
 ZEROS = bytes(1024 * 1024)
+BLOCK_BYTES = 4096  # what O_DIRECT wants offset, length and memory to be a multiple of, at most
 
 _log = logging.getLogger(__name__)
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -28,6 +29,7 @@ class RawWriter:
         """Made by `create` and `open`. `empty`: all of it reads as zeros, and each range is written once at most."""
         self.path = path
         self._fd = fd
+        self._direct = _direct(path)
         self._empty = empty
 
     @classmethod
@@ -54,9 +56,15 @@ class RawWriter:
             _log.warning("closing a target failed as well path=%s error=%s", self.path, error)
 
     def write(self, offset: int, buffer: Buffer) -> None:
-        """Write all of `buffer` at `offset`. Raises DiskFull."""
+        """Write all of `buffer` at `offset`. Raises DiskFull.
+
+        Whole blocks in memory that begins on a page go past the page cache.
+        """
         rest = memoryview(buffer)
         with naming_full_disk(self.path, need=len(rest)):
+            if self._direct is not None and not (offset % BLOCK_BYTES or len(rest) % BLOCK_BYTES):
+                done = _written_past_the_cache(self._direct, rest, offset)
+                rest, offset = rest[done:], offset + done
             while rest:
                 done = os.pwrite(self._fd, rest, offset)
                 rest, offset = rest[done:], offset + done
@@ -75,6 +83,9 @@ class RawWriter:
     def close(self) -> None:
         """Close the file; an error of delayed writing that shows only now is raised."""
         fd, self._fd = self._fd, -1
+        direct, self._direct = self._direct, None
+        if direct is not None:
+            os.close(direct)
         if fd >= 0:
             with naming_full_disk(self.path, need=0):
                 os.close(fd)
@@ -86,3 +97,23 @@ class RawWriter:
         if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV):
             return False
         raise OSError(number, os.strerror(number), str(self.path))
+
+
+def _direct(path: Path) -> int | None:
+    """Open a file for writing past the page cache; None where its file system refuses that."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return None
+        raise
+
+
+def _written_past_the_cache(fd: int, buffer: memoryview, offset: int) -> int:
+    """Return how much of `buffer` was written; nothing where its memory does not begin where O_DIRECT wants it."""
+    try:
+        return os.pwrite(fd, buffer, offset)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return 0
+        raise

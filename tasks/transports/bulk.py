@@ -1,8 +1,10 @@
-"""An `httpx.Client` for bulk HTTPS: TLS in blocks of 256 KiB instead of a record at a time. It knows nothing of disks.
+"""A transport of httpx for bulk HTTPS: TLS in blocks of 256 KiB, and bodies straight into the caller's buffers.
 
-Python's `SSLSocket` hands out one record (16 KiB) for each read, and httpcore allocates 64 KiB for each: together
-more than half of what a download costs. Here the socket is read in large blocks, decrypted through `ssl.MemoryBIO`
-as far as the block goes. Trust, SNI and protocol versions are those of the `ssl.SSLContext` that is given.
+It knows nothing of disks. Python's `SSLSocket` hands out one record (16 KiB) for each read, and on the way through
+httpcore and h11 each byte is copied five times, into memory that is allocated for it: together most of what a
+download costs. Here the socket is read in large blocks and decrypted through `ssl.MemoryBIO` into the place where
+the bytes are wanted. h11 speaks HTTP/1.1; only a body of known length goes past it. Trust, SNI and protocol
+versions are those of the `ssl.SSLContext` that is given.
 """
 
 from __future__ import annotations
@@ -10,203 +12,299 @@ from __future__ import annotations
 import select
 import socket
 import ssl
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from queue import Empty, LifoQueue
-from typing import Any, NoReturn, TypeVar
+from typing import TypeVar
 
-import httpcore
+import h11
 import httpx
 
-RECEIVE_BYTES = 256 * 1024
+RECEIVE_BYTES = 1024 * 1024
 RECORD_BYTES = 16 * 1024  # of plain text in one TLS record, at most: RFC 8446, section 5.1
 KEEP_ALIVE_S = 5.0  # httpx's own default
+READ_INTO = "read_into"  # among a reply's extensions: `(memoryview) -> int`, how much of it was filled; 0 at the end
 
 T = TypeVar("T")
 
 
-def client(context: ssl.SSLContext, *, connections: int, timeout_s: float) -> httpx.Client:
-    """Return a client that keeps at most `connections` open; `timeout_s` bounds each connect, read and write.
+def client(transport: BulkTransport, *, timeout_s: float) -> httpx.Client:
+    """Return a client over `transport`; `timeout_s` bounds each connect, read and write.
 
     No proxy of the environment: a cookie goes to the server that it is of, or nowhere. Plain http is refused.
     """
     return httpx.Client(
-        transport=_Transport(context, connections),
-        trust_env=False,
-        timeout=timeout_s,
-        headers={"Accept-Encoding": "identity"},
+        transport=transport, trust_env=False, timeout=timeout_s, headers={"Accept-Encoding": "identity"}
     )
 
 
-class _Transport(httpx.BaseTransport):
-    """As many of httpx's transports as there may be connections, each with one, used by one thread at a time.
+class BulkTransport(httpx.BaseTransport):
+    """At most `connections` connections, each used by one thread at a time; those of the last requests are kept alive.
 
-    A pool that threads share looks for connections that the server has left by asking whether an idle one is
-    readable, and so closes, now and then, one that another thread has just taken and gets its reply on.
+    A reply's `extensions["read_into"]` fills a buffer with the body: what a bulk reader wants. Iterating over the reply
+    works as ever.
     """
 
-    def __init__(self, context: ssl.SSLContext, connections: int) -> None:
-        self._all = [_Single(context) for _ in range(connections)]
-        self._free: LifoQueue[_Single] = LifoQueue()  # the last one used first: the fewest connections
+    def __init__(self, context: ssl.SSLContext, *, connections: int) -> None:
+        self._all = [_Connection(context) for _ in range(connections)]
+        self._free: LifoQueue[_Connection] = LifoQueue()  # the last one used first: the fewest connections
         for each in self._all:
             self._free.put(each)
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request when a connection is free. Raises httpx.TransportError, PoolTimeout among them."""
-        single = self._take(request.extensions.get("timeout", {}).get("pool"))
+        connection = self._take(request.extensions.get("timeout", {}).get("pool"))
         try:
-            response = single.handle_request(request)
+            return connection.send(request, at_end=lambda: self._free.put(connection))
         except BaseException:
-            self._free.put(single)
+            connection.close()
+            self._free.put(connection)
             raise
-        assert isinstance(response.stream, httpx.SyncByteStream)
-        response.stream = _Body(response.stream, at_end=lambda: self._free.put(single))
-        return response
 
     def close(self) -> None:
         for each in self._all:
             each.close()
 
-    def _take(self, timeout_s: float | None) -> _Single:
+    def shut_down(self) -> None:
+        """Make whatever waits for a connection fail at once, from another thread; good only for closing then."""
+        for each in self._all:
+            each.shut_down()
+
+    def _take(self, timeout_s: float | None) -> _Connection:
         try:
             return self._free.get(timeout=timeout_s)
         except Empty:
             raise httpx.PoolTimeout(f"no connection was free within {timeout_s} s") from None
 
 
-class _Single(httpx.HTTPTransport):
-    """httpx's own transport, over one connection of the backend below: httpx has no public way to say so."""
+class _Connection:
+    """One connection, to the server that was asked last, made when it is needed."""
 
     def __init__(self, context: ssl.SSLContext) -> None:
-        self._pool = httpcore.ConnectionPool(
-            ssl_context=context, max_connections=1, keepalive_expiry=KEEP_ALIVE_S, network_backend=BulkBackend()
+        self._context = context
+        self._stream: BulkStream | None = None
+        self._server: tuple[str, int] = ("", 0)
+        self._used_at = 0.0
+        self._shut, self._lock = False, threading.Lock()
+
+    def send(self, request: httpx.Request, *, at_end: Callable[[], object]) -> httpx.Response:
+        """Send a request; return the reply, whose body is to be read. `at_end` is called once it is closed."""
+        timeouts = request.extensions.get("timeout", {})
+        stream = self._stream_to(request.url, timeouts.get("connect"))
+        http = h11.Connection(h11.CLIENT)
+        head = h11.Request(method=request.method, target=request.url.raw_path, headers=request.headers.raw)
+        parts = [http.send(head), *(http.send(h11.Data(data=part)) for part in request.stream)]  # type: ignore[union-attr]
+        parts.append(http.send(h11.EndOfMessage()))
+        stream.write(b"".join(part for part in parts if part), timeouts.get("write"))
+        talk = _Talk(stream, http, timeouts.get("read"))
+        reply = talk.head()
+        direct = _length_of(reply) if request.method == "GET" else None
+        reader = talk.body() if direct is None else _Counted(talk, direct)
+        body = _Body(reader, lambda kept: self._done(reply, kept, at_end))
+        return httpx.Response(
+            reply.status_code,
+            headers=reply.headers.raw_items(),
+            stream=body,
+            extensions={"http_version": b"HTTP/" + reply.http_version, READ_INTO: body.read_into},
         )
+
+    def close(self) -> None:
+        with self._lock:
+            stream, self._stream = self._stream, None
+        if stream:
+            stream.close()
+
+    def shut_down(self) -> None:
+        with self._lock:
+            self._shut = True
+            if self._stream:
+                self._stream.shut_down()
+
+    def _done(self, reply: h11.Response, kept: bool, at_end: Callable[[], object]) -> None:
+        """Keep the connection for the next request, where both sides can tell where this one ended."""
+        closes = any(name == b"connection" and b"close" in value.lower() for name, value in reply.headers)
+        self._used_at = time.monotonic()
+        if not kept or closes or reply.http_version < b"1.1":
+            self.close()
+        at_end()
+
+    def _stream_to(self, url: httpx.URL, timeout_s: float | None) -> BulkStream:
+        server, now = (url.host, url.port or 443), time.monotonic()
+        if self._stream and (
+            server != self._server or now - self._used_at > KEEP_ALIVE_S or self._stream.has_something()
+        ):
+            self.close()
+        if not self._stream:
+            if url.scheme != "https":
+                raise httpx.UnsupportedProtocol(f"nothing is sent without TLS, and {url.scheme} has none")
+            stream = BulkStream.connect(server, self._context, timeout_s)
+            with self._lock:
+                self._stream, self._server = stream, server
+                if self._shut:
+                    stream.shut_down()
+        return self._stream
+
+
+class _Talk:
+    """One request's reply, as h11 reads it."""
+
+    def __init__(self, stream: BulkStream, http: h11.Connection, timeout_s: float | None) -> None:
+        self.stream, self.timeout_s = stream, timeout_s
+        self._http = http
+        self._scratch = memoryview(bytearray(RECORD_BYTES))
+
+    def head(self) -> h11.Response:
+        """Return the head of the reply. Raises RemoteProtocolError, ReadError, ReadTimeout."""
+        while not isinstance(event := self._event(), h11.Response):
+            if isinstance(event, h11.ConnectionClosed):
+                raise httpx.RemoteProtocolError("the server hung up instead of an answer")
+        return event
+
+    def early(self) -> bytes:
+        """Return what came of the body with the head."""
+        return self._http.trailing_data[0]
+
+    def body(self) -> Iterator[bytes]:
+        """Yield the parts of a body of any framing; the generator returns only at its end."""
+        while isinstance(event := self._event(), h11.Data):
+            yield bytes(event.data)
+
+    def _event(self) -> object:
+        while True:
+            try:
+                event = self._http.next_event()
+                if event is not h11.NEED_DATA:
+                    return event
+                count = self.stream.read_into(self._scratch, self.timeout_s)
+                self._http.receive_data(bytes(self._scratch[:count]))
+            except h11.RemoteProtocolError as error:
+                raise httpx.RemoteProtocolError(str(error)) from error
+
+
+class _Counted:
+    """A body of known length, from the stream into whatever wants it."""
+
+    def __init__(self, talk: _Talk, length: int) -> None:
+        self._stream, self._timeout_s = talk.stream, talk.timeout_s
+        self._early = memoryview(talk.early())
+        self.left = length
+
+    def read_into(self, view: memoryview) -> int:
+        """Return how many bytes of the body are in `view` now, 0 at its end."""
+        view = view[: self.left]
+        if self._early:
+            count = min(len(view), len(self._early))
+            view[:count], self._early = self._early[:count], self._early[count:]
+        else:
+            count = self._stream.read_into(view, self._timeout_s) if view else 0
+            if view and not count:
+                raise httpx.RemoteProtocolError(f"the server hung up with {self.left} bytes of the reply to come")
+        self.left -= count
+        return count
 
 
 class _Body(httpx.SyncByteStream):
-    """The bytes of a reply; `at_end` is called once, when it is closed."""
+    """The bytes of a reply. `done` is called once, when it is closed, with whether all of it was read."""
 
-    def __init__(self, stream: httpx.SyncByteStream, *, at_end: Callable[[], object]) -> None:
-        self._stream, self._at_end = stream, at_end
-        self._closed = False
+    def __init__(self, source: _Counted | Iterator[bytes], done: Callable[[bool], object]) -> None:
+        self._source, self._done = source, done
+        self._rest = memoryview(b"")
+        self._ended = self._closed = False
 
     def __iter__(self) -> Iterator[bytes]:
-        yield from self._stream
+        buffer = memoryview(bytearray(RECEIVE_BYTES))
+        while count := self.read_into(buffer):
+            yield bytes(buffer[:count])
+
+    def read_into(self, view: memoryview) -> int:
+        """Fill `view` as far as what has come goes, and return how far: 0 at the end of the body only.
+
+        Raises ReadError, ReadTimeout, RemoteProtocolError.
+        """
+        if isinstance(self._source, _Counted):
+            return self._source.read_into(view)
+        while not self._rest and not self._ended:
+            part = next(self._source, None)
+            self._rest, self._ended = memoryview(part or b""), part is None
+        count = min(len(view), len(self._rest))
+        view[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            self._stream.close()
-        finally:
-            self._at_end()
+        if not self._closed:
+            self._closed = True
+            ended = not self._source.left if isinstance(self._source, _Counted) else self._ended
+            self._done(ended)
 
 
-class BulkBackend(httpcore.NetworkBackend):
-    """Connects as httpcore does, and speaks TLS in blocks (https://www.encode.io/httpcore/network-backends/)."""
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.NetworkStream:
-        """Connect. Raises httpcore's ConnectError, ConnectTimeout."""
-        return _Plain(httpcore.SyncBackend().connect_tcp(host, port, timeout, local_address, socket_options))
-
-
-class _Plain(httpcore.NetworkStream):
-    """A connection before TLS: good for starting that, and for nothing else."""
-
-    def __init__(self, stream: httpcore.NetworkStream) -> None:
-        self._stream = stream
-
-    def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.NetworkStream:
-        """Shake hands. Raises httpcore's ConnectError (from ssl.SSLCertVerificationError, …), ConnectTimeout."""
-        try:
-            with _mapped(httpcore.ConnectTimeout, httpcore.ConnectError):
-                return BulkStream(self.get_extra_info("socket"), ssl_context, server_hostname, timeout)
-        except BaseException:
-            self.close()
-            raise
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> NoReturn:
-        raise httpcore.UnsupportedProtocol("nothing is read without TLS")
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> NoReturn:
-        raise httpcore.UnsupportedProtocol("nothing is sent without TLS")
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._stream.get_extra_info(info)
-
-
-class BulkStream(httpcore.NetworkStream):
+class BulkStream:
     """A TLS connection over a connected socket. Time-outs bound each call as a whole; None waits for ever."""
 
     def __init__(
-        self, plain: socket.socket, context: ssl.SSLContext, server_hostname: str | None, timeout: float | None
+        self, plain: socket.socket, context: ssl.SSLContext, server_hostname: str | None, timeout_s: float | None
     ) -> None:
         """Shake hands. Raises OSError: ssl.SSLError of all kinds, TimeoutError."""
         self._socket = plain
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=server_hostname)
+        self.tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=server_hostname)
         self._received = memoryview(bytearray(RECEIVE_BYTES))
-        # a block, and the record whose beginning came with the block before: nothing decrypted stays behind in OpenSSL
-        self._decrypted = memoryview(bytearray(RECEIVE_BYTES + RECORD_BYTES))
-        self._until_done(self._tls.do_handshake, _deadline(timeout))
+        self._until_done(self.tls.do_handshake, _deadline(timeout_s))
 
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """Return what has come, and b"" only after the server said that it ends. Raises ReadTimeout, ReadError.
+    @classmethod
+    def connect(cls, server: tuple[str, int], context: ssl.SSLContext, timeout_s: float | None) -> BulkStream:
+        """Connect and shake hands.
 
-        It may be more than `max_bytes`: httpcore asks for 64 KiB whatever it reads, and its parser takes any length.
+        Raises httpx.ConnectTimeout, ConnectError (from ssl.SSLCertVerificationError, …).
         """
-        with _mapped(httpcore.ReadTimeout, httpcore.ReadError):
-            return bytes(self._decrypted[: self._until_done(self._decrypt, _deadline(timeout))])
+        with _mapped(httpx.ConnectTimeout, httpx.ConnectError):
+            plain = socket.create_connection(server, timeout_s)
+            try:
+                plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return cls(plain, context, server[0], timeout_s)
+            except BaseException:
+                plain.close()
+                raise
 
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+    def read_into(self, view: memoryview, timeout_s: float | None = None) -> int:
+        """Fill `view` as far as what has come goes, and return how far: 0 only after the server said that it ends.
+
+        Raises ReadTimeout, ReadError.
+        """
+        with _mapped(httpx.ReadTimeout, httpx.ReadError):
+            return self._until_done(lambda: self._decrypt(view), _deadline(timeout_s))
+
+    def write(self, buffer: bytes, timeout_s: float | None = None) -> None:
         """Send all of `buffer`. Raises WriteTimeout, WriteError."""
-        with _mapped(httpcore.WriteTimeout, httpcore.WriteError):
-            rest, deadline = memoryview(buffer), _deadline(timeout)
+        with _mapped(httpx.WriteTimeout, httpx.WriteError):
+            rest, deadline = memoryview(buffer), _deadline(timeout_s)
             while rest:
                 part = rest
-                rest = rest[self._until_done(lambda: self._tls.write(part), deadline) :]  # noqa: B023 - called at once
+                rest = rest[self._until_done(lambda: self.tls.write(part), deadline) :]  # noqa: B023 - called at once
 
     def close(self) -> None:
         """Close the socket, without a word: as httpcore's own stream."""
         self._socket.close()
 
-    def get_extra_info(self, info: str) -> Any:
-        """Return what httpcore asks for by name; see its NetworkStream."""
-        match info:
-            case "ssl_object":
-                return self._tls
-            case "socket":
-                return self._socket
-            case "client_addr":
-                return self._socket.getsockname()
-            case "server_addr":
-                return self._socket.getpeername()
-            case "is_readable":
-                return self._is_readable()
-        return None
+    def shut_down(self) -> None:
+        """Wake a thread that waits for the server, from another one."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
-    def _decrypt(self) -> int:
-        """Fill the buffer as far as what was received goes; return 0 at the end. Raises SSLWantReadError if nowhere."""
+    def has_something(self) -> bool:
+        """Tell whether anything has come that nobody asked for: between two requests, that the server has left."""
+        if self._incoming.pending or self.tls.pending() or self._socket.fileno() < 0:
+            return True
+        waiting = select.poll()
+        waiting.register(self._socket, select.POLLIN)
+        return bool(waiting.poll(0))
+
+    def _decrypt(self, view: memoryview) -> int:
+        """Fill `view` as far as what was received goes; return 0 at the end. Raises SSLWantReadError if nowhere."""
         filled = 0
         try:
-            while len(self._decrypted) - filled >= RECORD_BYTES:
-                length = self._tls.read(RECORD_BYTES, self._decrypted[filled:])
-                if not length:
-                    break
+            while filled < len(view) and (length := self.tls.read(len(view) - filled, view[filled:])):
                 filled += int(length)
         except ssl.SSLWantReadError:
             if not filled:
@@ -250,25 +348,25 @@ class BulkStream(httpcore.NetworkStream):
         else:
             raise TimeoutError("timed out")
 
-    def _is_readable(self) -> bool:
-        """Tell whether anything has come that nobody asked for: between two requests, that the server has left."""
-        if self._incoming.pending or self._tls.pending() or self._socket.fileno() < 0:
-            return True
-        waiting = select.poll()
-        waiting.register(self._socket, select.POLLIN)
-        return bool(waiting.poll(0))
+
+def _length_of(reply: h11.Response) -> int | None:
+    """Return the length of a body that is framed by nothing else."""
+    fields = {name: value for name, value in reply.headers}
+    if b"transfer-encoding" in fields or reply.status_code in (204, 304) or b"content-length" not in fields:
+        return None
+    return int(fields[b"content-length"])
 
 
-def _deadline(timeout: float | None) -> float | None:
-    return None if timeout is None else time.monotonic() + timeout
+def _deadline(timeout_s: float | None) -> float | None:
+    return None if timeout_s is None else time.monotonic() + timeout_s
 
 
 @contextmanager
 def _mapped(timeout: type[Exception], error: type[Exception]) -> Iterator[None]:
-    """Raise httpcore's classes for those of the system, as its own streams do."""
+    """Raise httpx's classes for those of the system, as its own transport does."""
     try:
         yield
     except TimeoutError as cause:
-        raise timeout(cause) from cause
+        raise timeout(str(cause)) from cause
     except OSError as cause:
-        raise error(cause) from cause
+        raise error(str(cause)) from cause

@@ -7,15 +7,14 @@ cannot read is named on entering, with the road that would.
 from __future__ import annotations
 
 import logging
+import mmap
 import re
-import socket
 import ssl
 import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, NoReturn, Self
+from contextlib import contextmanager
+from typing import NoReturn, Self
 from urllib.parse import quote
-from weakref import WeakSet
 
 import httpx
 from tenacity import (
@@ -44,6 +43,7 @@ from tasks.reader import TransientFault
 from tasks.transports import bulk
 
 TIMEOUT_S = 10.0  # of connecting, of a read and of a write: longer than a stun of the VM, shorter than patience
+BUFFER_BYTES = 1024 * 1024  # four leaves
 DEPTH = 4  # connections: one gave 445 Mbit/s from an ESXi host, eight 730
 PROBE_ATTEMPTS = 4
 PROBE_WAIT_S = 1.0  # doubles, at random
@@ -168,11 +168,12 @@ class FolderReader:
         self._disk, self._url = disk, disk.flat_url()
         self._cookie, self._renew = cookie, renew
         self._timeout_s = timeout_s
-        self._sockets = _Sockets()
+        self._buffers = threading.local()
 
     def __enter__(self) -> Self:
         context = tls.context_for(self._disk.connection)
-        self._client = bulk.client(context, connections=self.depth, timeout_s=self._timeout_s)
+        self._transport = bulk.BulkTransport(context, connections=self.depth)
+        self._client = bulk.client(self._transport, timeout_s=self._timeout_s)
         try:
             self._probe()
         except BaseException:
@@ -188,21 +189,33 @@ class FolderReader:
 
     def stream(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
         """Yield the bytes of `extent` in order, by one request. Raises TransientFault, or as on entering."""
-        offset = extent.start
+        offset, buffer = extent.start, self._buffer()
         with self._get(extent) as response:
             _check_range(response, self._disk, extent)
-            # without a size: httpx's rechunker halves the speed
-            for chunk in response.iter_raw():
-                if offset + len(chunk) > extent.end:
+            while offset < extent.end:
+                # up to the next multiple of the buffer's length, so that whole leaves come whole
+                count, failure = _fill(buffer[: BUFFER_BYTES - offset % BUFFER_BYTES], response)
+                if offset + count > extent.end:
                     raise self._disk.unfit("the server sends more than it was asked for")
-                yield offset, memoryview(chunk)
-                offset += len(chunk)
+                if count:
+                    yield offset, buffer[:count]
+                offset += count
+                if failure:
+                    raise failure
+                if not count:
+                    break
         if offset != extent.end:
             raise TransientFault(f"the reply ended at byte {offset} of {extent.end}")
 
+    def _buffer(self) -> memoryview:
+        """Return this thread's own buffer: a page's beginning, so that a target may be written past the page cache."""
+        if not hasattr(self._buffers, "mine"):
+            self._buffers.mine = memoryview(mmap.mmap(-1, BUFFER_BYTES))
+        return self._buffers.mine  # type: ignore[no-any-return]
+
     def interrupt(self) -> None:
         """Shut every connection down: what waits for one fails at once, with TransientFault."""
-        self._sockets.shut_down()
+        self._transport.shut_down()
 
     def _probe(self) -> None:
         """Ask for the first sector. A busy server is asked a few times; a file that no request opens is named."""
@@ -245,8 +258,7 @@ class FolderReader:
     @contextmanager
     def _send(self, extent: Extent, cookie: str) -> Iterator[httpx.Response]:
         headers = {"Range": f"bytes={extent.start}-{extent.end - 1}", "Cookie": cookie.partition(";")[0].strip()}
-        extensions = {"trace": self._sockets.trace}
-        with self._client.stream("GET", self._url, headers=headers, extensions=extensions) as response:
+        with self._client.stream("GET", self._url, headers=headers) as response:
             yield response
 
     @contextmanager
@@ -285,25 +297,15 @@ class _ServerError(TransientFault):
     """A bare 500: on the first request a file that is locked, later perhaps something that passes."""
 
 
-class _Sockets:
-    """Every socket that the client opened, so that another thread can shut them down."""
-
-    def __init__(self) -> None:
-        self._open: WeakSet[socket.socket] = WeakSet()
-        self._lock = threading.Lock()
-
-    def trace(self, event: str, info: dict[str, Any]) -> None:
-        """Called by httpcore for each of its steps (https://www.encode.io/httpcore/extensions/#trace)."""
-        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
-            with self._lock:
-                self._open.add(info["return_value"].get_extra_info("socket"))
-
-    def shut_down(self) -> None:
-        with self._lock:
-            sockets = list(self._open)
-        for each in sockets:
-            with suppress(OSError):
-                socket.socket.shutdown(each, socket.SHUT_RDWR)  # not SSLSocket's own, which drops the TLS state
+def _fill(view: memoryview, response: httpx.Response) -> tuple[int, httpx.TransportError | None]:
+    """Fill `view` from a reply's body; return how much came, and what ended it early if anything failed."""
+    read_into, filled = response.extensions[bulk.READ_INTO], 0
+    try:
+        while filled < len(view) and (count := read_into(view[filled:])):
+            filled += count
+    except httpx.TransportError as error:
+        return filled, error
+    return filled, None
 
 
 def _check_range(response: httpx.Response, disk: FolderDisk, extent: Extent) -> None:

@@ -118,11 +118,14 @@ def govc(lab: Lab, target: Path) -> Run:
 
 
 def random_file(path: Path, size: int) -> None:
-    """Fill a file with what no peer can skip: 64 MiB of noise, again and again."""
+    """Fill a file with what no peer can skip: 64 MiB of noise, again and again; durably, or it would be written while
+    the contenders write."""
     noise = os.urandom(min(size, 64 * MIB))
     with path.open("wb") as file:
         for at in range(0, size, len(noise)):
             file.write(noise[: size - at])
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def connection_to(lab: Lab) -> Connection:

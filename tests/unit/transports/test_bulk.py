@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-import httpcore
 import httpx
 import pytest
 
@@ -20,6 +20,7 @@ from tests.unit.https import make_certificate, serving
 
 MIB = 1024 * 1024
 CONTENT = os.urandom(3 * MIB + 7)
+T = TypeVar("T")
 Talk = Callable[[ssl.SSLSocket], object]
 
 
@@ -62,14 +63,27 @@ def talking(certificate: tuple[Path, Path], talk: Talk, *, version: ssl.TLSVersi
 
 def connect(
     port: int, context: ssl.SSLContext | None = None, *, name: str = "127.0.0.1", timeout: float = 10
-) -> httpcore.NetworkStream:
-    plain = bulk.BulkBackend().connect_tcp("127.0.0.1", port, timeout)
-    return plain.start_tls(context or unverified(), name, timeout)
+) -> bulk.BulkStream:
+    plain = socket.create_connection(("127.0.0.1", port), timeout)
+    try:
+        return bulk.BulkStream(plain, context or unverified(), name, timeout)
+    except BaseException:
+        plain.close()
+        raise
 
 
-def read_all(stream: httpcore.NetworkStream) -> bytes:
+def client(context: ssl.SSLContext, *, connections: int, timeout_s: float) -> httpx.Client:
+    return bulk.client(bulk.BulkTransport(context, connections=connections), timeout_s=timeout_s)
+
+
+def read(stream: bulk.BulkStream, timeout: float = 10, *, size: int = 65536) -> bytes:
+    buffer = memoryview(bytearray(size))
+    return bytes(buffer[: stream.read_into(buffer, timeout)])
+
+
+def read_all(stream: bulk.BulkStream) -> bytes:
     parts = []
-    while part := stream.read(65536, 10):
+    while part := read(stream):
         parts.append(part)
     return b"".join(parts)
 
@@ -90,7 +104,7 @@ def test_records_of_any_length_come_whole_and_in_order(
         secure.unwrap()
 
     with talking(certificate, talk, version=version) as port, closing(connect(port)) as stream:
-        assert stream.get_extra_info("ssl_object").version() == version.name.replace("_", ".")
+        assert stream.tls.version() == version.name.replace("_", ".")
         assert read_all(stream) == CONTENT[: sum(sizes)]
 
 
@@ -105,7 +119,7 @@ def test_what_is_sent_arrives(certificate: tuple[Path, Path]) -> None:
     with talking(certificate, talk) as port, closing(connect(port)) as stream:
         stream.write(CONTENT, 10)
         stream.write(b"", 10)
-        assert stream.read(65536, 10) == b"thanks"
+        assert read(stream) == b"thanks"
     assert b"".join(heard) == CONTENT
 
 
@@ -118,7 +132,7 @@ def test_data_comes_before_more_is_waited_for(certificate: tuple[Path, Path]) ->
         seen.wait(10)
 
     with talking(certificate, talk) as port, closing(connect(port)) as stream:
-        assert stream.read(65536, 10) == b"a little"
+        assert read(stream) == b"a little"
         seen.set()
 
 
@@ -136,11 +150,11 @@ def test_a_goodbye_is_an_end_and_a_cut_is_an_error(certificate: tuple[Path, Path
 
     with talking(certificate, polite) as port, closing(connect(port)) as stream:
         assert read_all(stream) == b"all"
-        assert stream.read(65536, 10) == b""
+        assert read(stream) == b""
     with talking(certificate, abrupt) as port, closing(connect(port)) as stream:
-        assert stream.read(65536, 10) == b"half"
-        with pytest.raises(httpcore.ReadError) as raised:
-            stream.read(65536, 10)
+        assert read(stream) == b"half"
+        with pytest.raises(httpx.ReadError) as raised:
+            read(stream)
         assert isinstance(raised.value.__cause__, ssl.SSLEOFError)
 
 
@@ -149,7 +163,7 @@ def test_a_record_that_was_tampered_with_is_an_error(certificate: tuple[Path, Pa
         socket.socket.sendall(secure, b"\x17\x03\x03\x00\x20" + bytes(32))  # below TLS: application data, of no key
 
     with talking(certificate, talk) as port, closing(connect(port)) as stream:
-        with pytest.raises(httpcore.ReadError) as raised:
+        with pytest.raises(httpx.ReadError) as raised:
             read_all(stream)
         assert isinstance(raised.value.__cause__, ssl.SSLError)
 
@@ -157,9 +171,9 @@ def test_a_record_that_was_tampered_with_is_an_error(certificate: tuple[Path, Pa
 def test_a_server_that_says_nothing_times_out(certificate: tuple[Path, Path]) -> None:
     done = threading.Event()
     with talking(certificate, lambda secure: done.wait(10)) as port, closing(connect(port)) as stream:
-        with pytest.raises(httpcore.ReadTimeout):
-            stream.read(65536, 0.05)
-        with pytest.raises(httpcore.WriteTimeout):
+        with pytest.raises(httpx.ReadTimeout):
+            read(stream, 0.05)
+        with pytest.raises(httpx.WriteTimeout):
             stream.write(bytes(64 * MIB), 0.05)
         done.set()
 
@@ -180,8 +194,8 @@ def test_a_handshake_has_a_time_limit_as_a_whole() -> None:
         thread = threading.Thread(target=drip)
         thread.start()
         started = time.monotonic()
-        with pytest.raises(httpcore.ConnectTimeout):
-            connect(listener.getsockname()[1], timeout=0.2)
+        with pytest.raises(httpx.ConnectTimeout):
+            bulk.BulkStream.connect(("127.0.0.1", listener.getsockname()[1]), unverified(), 0.2)
         assert time.monotonic() - started < 5
         done.set()
         thread.join()
@@ -190,9 +204,9 @@ def test_a_handshake_has_a_time_limit_as_a_whole() -> None:
 def test_a_connection_shut_down_by_another_thread_wakes_its_reader(certificate: tuple[Path, Path]) -> None:
     done = threading.Event()
     with talking(certificate, lambda secure: done.wait(10)) as port, closing(connect(port)) as stream:
-        threading.Timer(0.1, lambda: stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)).start()
-        with pytest.raises(httpcore.ReadError):
-            stream.read(65536, 10)
+        threading.Timer(0.1, stream.shut_down).start()
+        with pytest.raises(httpx.ReadError):
+            read(stream)
         done.set()
 
 
@@ -203,11 +217,10 @@ def test_a_certificate_of_nobody_or_of_another_name_ends_the_handshake(certifica
     known = ssl.create_default_context(cafile=certificate[0])
     for context, name in [(ssl.create_default_context(), "127.0.0.1"), (known, "127.0.0.2"), (known, "other.test")]:
         with talking(certificate, lambda secure: secure.recv(1)) as port:
-            with pytest.raises(httpcore.ConnectError) as raised:
+            with pytest.raises(ssl.SSLCertVerificationError):
                 connect(port, context, name=name)
-            assert isinstance(raised.value.__cause__, ssl.SSLCertVerificationError)
     with talking(certificate, lambda secure: secure.sendall(b"x")) as port, closing(connect(port, known)) as stream:
-        assert stream.read(1, 10) == b"x"
+        assert read(stream, size=1) == b"x"
 
 
 def test_what_speaks_no_tls_is_a_failed_connection() -> None:
@@ -221,8 +234,8 @@ def test_what_speaks_no_tls_is_a_failed_connection() -> None:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        with pytest.raises(httpcore.ConnectError) as raised:
-            connect(listener.getsockname()[1])
+        with pytest.raises(httpx.ConnectError) as raised:
+            bulk.BulkStream.connect(("127.0.0.1", listener.getsockname()[1]), unverified(), 5)
         assert isinstance(raised.value.__cause__, ssl.SSLError)
         thread.join()
 
@@ -247,12 +260,12 @@ def test_the_name_is_sent_as_sni(certificate: tuple[Path, Path]) -> None:
 
 
 def test_plain_http_is_refused_before_a_byte_is_sent() -> None:
-    with listening() as listener, bulk.client(unverified(), connections=1, timeout_s=5) as client:
+    with listening() as listener, client(unverified(), connections=1, timeout_s=5) as asking:
         with pytest.raises(httpx.UnsupportedProtocol):
-            client.get(f"http://127.0.0.1:{listener.getsockname()[1]}/", headers={"Cookie": "secret"})
-        accepted, _ = listener.accept()
-        with accepted:
-            assert accepted.recv(100) == b""
+            asking.get(f"http://127.0.0.1:{listener.getsockname()[1]}/", headers={"Cookie": "secret"})
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
 
 
 # ── TLS speaks up after the handshake ────────────────────────────────────────────────────────────────────
@@ -280,7 +293,7 @@ def test_new_keys_in_the_middle_are_no_interruption(
                 server.stdin.write(words)
                 server.stdin.flush()
                 if words != command + b"\n":
-                    assert stream.read(65536, 10) == words
+                    assert read(stream) == words
                 else:
                     time.sleep(0.1)  # s_server takes what follows in the same read for part of the command
             stream.write(b"last\n", 10)
@@ -299,11 +312,11 @@ def test_one_connection_serves_many_requests_and_many_threads_share_few(certific
     context = ssl.create_default_context(cafile=certificate[0])
     failures: list[object] = []
     with serving(CONTENT, certificate, cookie=cookie) as server:
-        with bulk.client(context, connections=4, timeout_s=10) as client:
+        with client(context, connections=4, timeout_s=10) as asking:
 
             def fetch(start: int) -> None:
                 headers = {"Cookie": cookie, "Range": f"bytes={start}-{start + 99_999}"}
-                body = client.get(f"https://127.0.0.1:{server.port}/", headers=headers).content
+                body = asking.get(f"https://127.0.0.1:{server.port}/", headers=headers).content
                 if body != CONTENT[start : start + 100_000]:
                     failures.append(start)
 
@@ -320,27 +333,93 @@ def test_one_connection_serves_many_requests_and_many_threads_share_few(certific
     assert len(server.requests) == 43
 
 
-def test_a_connection_that_the_server_left_between_two_requests_is_replaced(certificate: tuple[Path, Path]) -> None:
-    cookie = "c=1"
-    headers = {"Cookie": cookie, "Range": "bytes=0-9"}
-    opened: list[httpcore.NetworkStream] = []
-    with serving(CONTENT, certificate, cookie=cookie) as server:
-        with bulk.client(unverified(), connections=1, timeout_s=10) as client:
-            for expected in (1, 1, 2):
-                if expected == 2:
-                    opened[0].get_extra_info("socket").shutdown(socket.SHUT_RDWR)
-                reply = client.get(f"https://127.0.0.1:{server.port}/", headers=headers)
-                assert reply.content == CONTENT[:10]
-                opened.append(reply.extensions["network_stream"])
-                assert server.connections == expected
+@pytest.mark.parametrize("how", ["left", "idle for long"])
+def test_a_connection_that_is_no_good_any_more_is_replaced(
+    certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    headers = {"Cookie": "c=1", "Range": "bytes=0-9"}
+    transport = bulk.BulkTransport(unverified(), connections=1)
+    with serving(CONTENT, certificate, cookie="c=1") as server, bulk.client(transport, timeout_s=10) as asking:
+        for expected in (1, 1, 2):
+            if expected == 2 and how == "left":
+                transport.shut_down()
+            elif expected == 2:
+                monkeypatch.setattr(bulk, "KEEP_ALIVE_S", -1.0)
+            if how == "left" and expected == 2:
+                with pytest.raises(httpx.TransportError):
+                    asking.get(f"https://127.0.0.1:{server.port}/", headers=headers)
+                break
+            assert asking.get(f"https://127.0.0.1:{server.port}/", headers=headers).content == CONTENT[:10]
+            assert server.connections == expected
+
+
+def test_between_two_requests_a_server_that_has_left_is_noticed(certificate: tuple[Path, Path]) -> None:
+    with talking(certificate, lambda secure: secure.unwrap()) as port, closing(connect(port)) as stream:
+        deadline = time.monotonic() + 10
+        while not stream.has_something():
+            assert time.monotonic() < deadline
 
 
 def test_a_reply_that_is_left_unread_gives_its_connection_back(certificate: tuple[Path, Path]) -> None:
     headers = {"Cookie": "c=1", "Range": f"bytes=0-{len(CONTENT) - 1}"}
     with serving(CONTENT, certificate, cookie="c=1") as server:
-        with bulk.client(unverified(), connections=1, timeout_s=0.5) as client:
+        with client(unverified(), connections=1, timeout_s=0.5) as asking:
             for _ in range(3):
-                with client.stream("GET", f"https://127.0.0.1:{server.port}/", headers=headers) as reply:
+                with asking.stream("GET", f"https://127.0.0.1:{server.port}/", headers=headers) as reply:
                     next(reply.iter_raw())
                     with pytest.raises(httpx.PoolTimeout):
-                        client.get(f"https://127.0.0.1:{server.port}/", headers=headers, timeout=0.05)
+                        asking.get(f"https://127.0.0.1:{server.port}/", headers=headers, timeout=0.05)
+
+
+HEAD = b"HTTP/1.1 206 Partial Content\r\n"
+BODY = CONTENT[: 2 * MIB + 5]
+COUNTED = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+CHUNKED += b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (BODY[:7], BODY[7:MIB], BODY[MIB:])) + b"0\r\n\r\n"
+TO_THE_END = HEAD + b"Connection: close\r\n\r\n" + BODY
+
+
+def answered(certificate: tuple[Path, Path], answer: bytes, take: Callable[[httpx.Response], T]) -> T:
+    """Have a server say `answer` to whatever it is asked; return what `take` makes of the reply."""
+
+    def talk(secure: ssl.SSLSocket) -> None:
+        while b"\r\n\r\n" not in secure.recv(65536):
+            pass
+        secure.sendall(answer)
+        secure.unwrap()
+
+    with talking(certificate, talk) as port, client(unverified(), connections=1, timeout_s=10) as asking:
+        with asking.stream("GET", f"https://127.0.0.1:{port}/x") as reply:
+            return take(reply)
+
+
+def filled(reply: httpx.Response, size: int = 300_000) -> list[bytes]:
+    """Return the body as `read_into` gives it, into a buffer of `size` bytes."""
+    parts, buffer = [], memoryview(bytearray(size))
+    while count := reply.extensions[bulk.READ_INTO](buffer):
+        parts.append(bytes(buffer[:count]))
+    return parts
+
+
+@pytest.mark.parametrize("answer", [COUNTED, CHUNKED, TO_THE_END], ids=["counted", "chunked", "to the end"])
+def test_a_body_of_any_framing_comes_whole(certificate: tuple[Path, Path], answer: bytes) -> None:
+    assert answered(certificate, answer, lambda reply: reply.read()) == BODY
+    assert b"".join(answered(certificate, answer, filled)) == BODY
+
+
+@pytest.mark.parametrize("answer", [COUNTED[:-1], CHUNKED[:-6]], ids=["counted", "chunked"])
+def test_a_body_cut_short_is_an_error_even_with_a_goodbye(certificate: tuple[Path, Path], answer: bytes) -> None:
+    for take in (filled, httpx.Response.read):
+        with pytest.raises(httpx.RemoteProtocolError):
+            answered(certificate, answer, take)
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 2", b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 206 X\r\n" + 2**18 * b"y"])
+def test_what_is_no_answer_is_a_protocol_error(certificate: tuple[Path, Path], answer: bytes) -> None:
+    with pytest.raises(httpx.RemoteProtocolError):
+        answered(certificate, answer, filled)
+
+
+def test_a_reply_without_a_body_has_none(certificate: tuple[Path, Path]) -> None:
+    assert answered(certificate, b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", filled) == []
+    assert answered(certificate, b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", filled) == []
