@@ -65,6 +65,7 @@ def vsphere(
     format: str = "qcow2",
     compression: str = "none",
     transport: str = "auto",
+    limit_rate: str = "",
     quiesce: Annotated[bool, Parameter(negative=())] = False,
     allow_crash_consistent: Annotated[bool, Parameter(negative=())] = False,
     vs_snapshot_moref: str | None = None,
@@ -112,6 +113,8 @@ def vsphere(
         Of qcow2, in a second pass: none, zstd or zlib.
     transport
         Road of the disks' bytes: auto or folder.
+    limit_rate
+        Bytes a second that the whole run takes at most, such as 60MiB.
     quiesce
         Have VMware Tools flush the guest's file systems before the snapshot.
     allow_crash_consistent
@@ -143,6 +146,7 @@ def vsphere(
         "vm_name": vs_vm_name,
         "output_dir": output_dir,
         "transport": transport,
+        "limit_rate": limit_rate,
         "format": format,
         "compression": compression,
         "quiesce": quiesce,

@@ -9,6 +9,7 @@ from tasks.images.copy import CopyResult, copy
 from tasks.images.layout import DiskFiles
 from tasks.images.target import open_target
 from tasks.models import ArrivalFormat
+from tasks.rate import RATE
 from tasks.steps import Meter
 from tasks.transports.folder import FolderDisk, FolderReader
 from tasks.vsphere.session import borrow
@@ -25,7 +26,7 @@ def fetch(
 ) -> CopyResult:
     """Copy what is missing of `source` into the part of `files` in `format`; what an earlier run left is gone on with.
 
-    binding: what the bytes are of, down to the point in time. Borrows the process's session.
+    binding: what the bytes are of, down to the point in time. Borrows the process's session, keeps to the run's rate.
     Raises what `copy`, `open_target` and entering a `FolderReader` raise.
     """
     with (
@@ -42,4 +43,5 @@ def fetch(
             journal=target.journal,
             progress=meter.add,
             stop=stop,
+            rate=RATE.get(),
         )

@@ -15,6 +15,7 @@ from tasks.images.files import safe_name
 from tasks.images.job import job_id, job_lock, last_holder
 from tasks.images.state import JobState
 from tasks.models import JobOptions, Snapshot, Value, VCenterInfo, VirtualDisk, VirtualMachine
+from tasks.rate import limited_to
 from tasks.resolve import resolve
 from tasks.succession import close_predecessor
 from tasks.vsphere.snapshots import NAME_PREFIX
@@ -50,6 +51,7 @@ class Job(Value):
 async def job_at_work(vcenter: VCenter, options: JobOptions) -> AsyncIterator[Job]:
     """Hold one session and the lock of the job that the options mean, for the block; yield the job.
 
+    In the block, bytes come no faster than the options say.
     Raises what `connected` and `resolve` raise; JobLocked, naming who is at work on it; InvalidInput.
     """
     output_dir, run_id = _place_that_stays(options.output_dir), flow_run.get_id() or ""
@@ -61,7 +63,8 @@ async def job_at_work(vcenter: VCenter, options: JobOptions) -> AsyncIterator[Jo
         before, run = last_holder(folder), {"flow_run": flow_run.get_name() or "", "flow_run_id": run_id}
         with job_lock(folder, run | {"vm": vm.moref, "snapshot": job.snapshot_name}):
             await close_predecessor(before, ours=run_id)
-            yield job
+            with limited_to(options.bytes_per_s):
+                yield job
 
 
 def _place_that_stays(folder: Path) -> Path:

@@ -11,7 +11,17 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
 
 from tasks.errors import InvalidInput, NotBuilt
 
@@ -313,6 +323,9 @@ class ExportTransport(StrEnum):
     folder = "folder"
 
 
+SLOWEST_BYTES_PER_S = 64 * 1024
+_RATE = TypeAdapter(ByteSize)
+
 OptionalText = Annotated[str, BeforeValidator(lambda value: value or "")]
 """Text that may be left out. None is read as "": a field `str | None` becomes two tabs, "str" and "None", in a form."""
 
@@ -334,6 +347,26 @@ class JobOptions(BaseModel):
         description="Folder on the worker's machine, such as /data/exports; one named after the VM is made in it.",
         examples=["/data/exports"],
     )
+
+    limit_rate: OptionalText = Field(
+        default="",
+        title="Rate limit",
+        description="Bytes a second that all disks and files of this run take together at most: 60MiB, 1GB, 500K. "
+        "Empty: as fast as it goes.",
+        examples=["60MiB"],
+    )
+
+    @property
+    def bytes_per_s(self) -> int | None:
+        """The rate limit; None where there is none."""
+        return int(_RATE.validate_python(self.limit_rate.removesuffix("/s"))) if self.limit_rate else None
+
+    @field_validator("limit_rate")
+    @classmethod
+    def _is_a_rate(cls, text: str) -> str:
+        if text and _RATE.validate_python(text.removesuffix("/s")) < SLOWEST_BYTES_PER_S:
+            raise ValueError(f"{text} is less than {SLOWEST_BYTES_PER_S // 1024} KiB a second: servers hang up on that")
+        return text
 
 
 class ExportJob(JobOptions):
@@ -474,6 +507,7 @@ class ExportOptions(BaseModel):
     export_mode: str = "export"
     transport: str = "auto"
     vddk_libdir: Path | None = None
+    limit_rate: str = ""
     format: str = "qcow2"
     compression: str = "none"
     quiesce: bool = False

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,25 @@ def run_command(lab: Lab, action: str, *words: str, env: dict[str, str] | None =
     return subprocess.run(
         command(lab, action, *words), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s
     )
+
+
+def kill_after(lab: Lab, argv: list[str], api: dict[str, str], served: int) -> bool:
+    """Start a command, kill it once the lab has served so many bytes; tell whether it lived so long."""
+    process = subprocess.Popen(
+        argv,
+        cwd=ROOT,
+        env=os.environ | lab.environment() | api,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while lab.stats()["bytes_served"] < served and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    lived = process.poll() is None
+    process.kill()
+    process.wait()
+    lab.post("/faults", expire_sessions=True)  # the dead process's own, which is the server's to time out
+    return lived
 
 
 def raw_sha256(image: Path, scratch: Path) -> str:

@@ -31,6 +31,7 @@ from tasks.images.leaves import Misread, Piece
 from tasks.images.pool import Pool
 from tasks.images.writer import Writer
 from tasks.models import Extent, Value
+from tasks.rate import Rate
 from tasks.reader import Reader, TransientFault
 
 _log = logging.getLogger(__name__)
@@ -72,19 +73,20 @@ def copy(
     progress: Callable[[int], None] | None = None,
     stop: threading.Event | None = None,
     journal: Journal | None = None,
+    rate: Rate | None = None,
 ) -> CopyResult:
     """Copy `extents` (whole leaves, sorted) from an entered `reader` to `writer`; return when they are durable.
 
     progress: called with the bytes done since the last call, by several threads.
     stop: when set, Stopped is raised within a second. journal: told what is durable, window by window, so that a kill
-    at any point loses no more than one (`tasks.images.checkpoints`).
+    at any point loses no more than one (`tasks.images.checkpoints`). rate: how fast, with all others that share it.
     Raises the first error that came up in any thread; TransferInterrupted where the source kept failing,
     IntegrityMismatch where it did not give what was asked for.
     """
     started = time.monotonic()
     planned = tuple(extents)
     check_plan(planned, size=digests.size)
-    run = _Copy(reader, writer, digests, limits or Limits(), progress, stop, journal)
+    run = _Copy(reader, writer, digests, limits or Limits(), progress, stop, journal, rate)
     run.fetch_all(planned)
     return CopyResult(
         bytes_transferred=run.received,
@@ -106,10 +108,11 @@ class _Copy:
         progress: Callable[[int], None] | None,
         stop: threading.Event | None,
         journal: Journal | None,
+        rate: Rate | None,
     ) -> None:
         self.received = self.covered = self.written = 0
         self._reader, self._writer, self._digests, self._limits = reader, writer, digests, limits
-        self._progress = progress
+        self._progress, self._rate = progress, rate
         self._pool: Pool[Extent] = Pool(stop=stop, interrupt=reader.interrupt)
         self._checkpoints = Checkpoints(writer, digests, journal, pool=self._pool)
         self._lock = threading.Lock()
@@ -143,6 +146,8 @@ class _Copy:
                     self._count(received=len(buffer))
                     for leaf, content in piece.take(offset, buffer):
                         self._land(leaf, content)
+                    if self._rate:
+                        self._pool.ended.wait(self._rate.delay(len(buffer)))
         if piece.left:
             raise Misread(f"the source left out {piece.left} leaves, the first at {piece.first_missing}")
 

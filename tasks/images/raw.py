@@ -29,7 +29,7 @@ class RawWriter:
         """Made by `create` and `open`. `empty`: all of it reads as zeros, and each range is written once at most."""
         self.path = path
         self._fd = fd
-        self._direct = _direct(path)
+        self._direct = _direct(fd)
         self._empty = empty
 
     @classmethod
@@ -99,14 +99,13 @@ class RawWriter:
         raise OSError(number, os.strerror(number), str(self.path))
 
 
-def _direct(path: Path) -> int | None:
-    """Open a file for writing past the page cache; None where its file system refuses that."""
+def _direct(fd: int) -> int | None:
+    """Open the file of `fd` once more, for writing past the page cache; None where its file system refuses that."""
     try:
-        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW)
+        return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_DIRECT)
     except OSError as error:
-        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-            return None
-        raise
+        _log.info("written through the page cache errno=%s", error.errno)
+        return None
 
 
 def _written_past_the_cache(fd: int, buffer: memoryview, offset: int) -> int:

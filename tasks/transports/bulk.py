@@ -1,4 +1,4 @@
-"""A transport of httpx for bulk HTTPS: TLS in blocks of 256 KiB, and bodies straight into the caller's buffers.
+"""A transport of httpx for bulk HTTPS: TLS in blocks of a mebibyte, and bodies straight into the caller's buffers.
 
 It knows nothing of disks. Python's `SSLSocket` hands out one record (16 KiB) for each read, and on the way through
 httpcore and h11 each byte is copied five times, into memory that is allocated for it: together most of what a
@@ -191,6 +191,11 @@ class _Counted:
         self._early = memoryview(talk.early())
         self.left = length
 
+    @property
+    def ended(self) -> bool:
+        """Whether all of the body was read, and nothing came that is not of it."""
+        return not (self.left or self._early)
+
     def read_into(self, view: memoryview) -> int:
         """Return how many bytes of the body are in `view` now, 0 at its end."""
         view = view[: self.left]
@@ -235,8 +240,7 @@ class _Body(httpx.SyncByteStream):
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            ended = not self._source.left if isinstance(self._source, _Counted) else self._ended
-            self._done(ended)
+            self._done(self._source.ended if isinstance(self._source, _Counted) else self._ended)
 
 
 class BulkStream:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ import pytest
 from tasks import errors
 from tasks.images.mirror import digest_of
 from tests.labs import ROOT, Lab, running_lab
-from tests.runs import assert_nothing_left, command, download, faults, run_command
+from tests.runs import assert_nothing_left, command, download, faults, kill_after, run_command
 
 pytestmark = [pytest.mark.anyio, pytest.mark.live, pytest.mark.usefixtures("prefect_api")]
 
@@ -247,7 +247,7 @@ def test_killed_inside_a_file_the_same_command_goes_on_there(site, tmp_path, api
     words = ("--vs-vm-name", "big", "--output-dir", str(tmp_path), "--concurrency", "1")
     with faults(site, throttle_bytes_per_s=24 * MIB):
         for kill_at in (72 * MIB, 130 * MIB):
-            kill_after(site, command(site, "download-vm", *words), api, kill_at)
+            assert kill_after(site, command(site, "download-vm", *words), api, kill_at)
     assert not (tmp_path / "big" / "manifest.json").exists()
     done = run_command(site, "download-vm", *words, env=api)
     assert done.returncode == 0, done.stderr
@@ -257,10 +257,41 @@ def test_killed_inside_a_file_the_same_command_goes_on_there(site, tmp_path, api
     assert_nothing_left(site)
 
 
+def test_killed_at_random_it_downloads_little_twice(site, tmp_path, api):
+    seed = int(os.environ.get("HYPER2KVM_SEED", random.randrange(1 << 32)))
+    print(f"HYPER2KVM_SEED={seed}")
+    kill_and_resume(site, tmp_path, api, random.Random(seed))
+
+
+@pytest.mark.soak
+def test_killed_thirty_times_it_downloads_little_twice(tmp_path, api):
+    seed = int(os.environ.get("HYPER2KVM_SEED", random.randrange(1 << 32)))
+    print(f"HYPER2KVM_SEED={seed}")
+    with running_lab(scenario=SITE) as lab:
+        for number in range(10):
+            kill_and_resume(lab, tmp_path / str(number), api, random.Random(seed + number))
+
+
+def kill_and_resume(lab: Lab, output_dir: Path, api: dict[str, str], chance: random.Random, *, kills: int = 3) -> None:
+    output_dir.mkdir(exist_ok=True)
+    lab.post("/stats/reset")
+    argv = command(lab, "download-vm", "--vs-vm-name", "big", "--output-dir", str(output_dir))
+    with faults(lab, throttle_bytes_per_s=24 * MIB):
+        for number in range(kills):
+            kill_after(lab, argv, api, chance.randrange(MIB, BIG // 2) + number * BIG // 4)
+    done = subprocess.run(argv, cwd=ROOT, env=os.environ | lab.environment() | api, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert tree(output_dir / "big") == tree(store(lab, "big"))
+    assert {path.name for path in (output_dir / "big").glob(".*")} == {".hyper2kvm.lock"}
+    size = sum(len(content) for content in tree(store(lab, "big")).values())
+    assert lab.stats()["bytes_served"] <= 1.05 * size + kills * WINDOW
+    assert_nothing_left(lab)
+
+
 def test_killed_under_its_snapshot_the_next_run_goes_on_with_that(site, tmp_path, api):
     words = ("--vs-vm-name", "running", "--output-dir", str(tmp_path), "--snapshot")
     with faults(site, throttle_bytes_per_s=MIB):
-        kill_after(site, command(site, "download-vm", *words), api, MIB)
+        assert kill_after(site, command(site, "download-vm", *words), api, MIB)
     assert site.stats()["open_snapshots"] == 1
     state = json.loads((tmp_path / "running" / ".hyper2kvm.job.json").read_text())
     done = run_command(site, "download-vm", *words, "--json", env=api)
@@ -288,21 +319,3 @@ def test_killed_while_files_get_their_names_the_next_run_ends_it(site, tmp_path,
     assert {path.name for path in (tmp_path / "off").glob(".*")} == {".hyper2kvm.lock"}
     assert set(tree(tmp_path / "off")) >= set(tree(store(site, "off")))
     assert site.stats()["bytes_served"] - served < 8 * 1024  # a sector of each file, to see that it can be read
-
-
-def kill_after(lab: Lab, argv: list[str], api: dict[str, str], served: int) -> None:
-    """Start a run, and kill it once the lab has served so many bytes."""
-    process = subprocess.Popen(
-        argv,
-        cwd=ROOT,
-        env=os.environ | lab.environment() | api,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 60
-    while lab.stats()["bytes_served"] < served and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert process.poll() is None, "it ended before it could be killed"
-    process.kill()
-    process.wait()
-    lab.post("/faults", expire_sessions=True)

@@ -71,6 +71,15 @@ async def test_a_running_vm_lands_as_its_guest_saw_it_at_the_snapshot(lab, tmp_p
     assert_nothing_left(lab, before)
 
 
+async def test_all_disks_together_keep_to_the_rate_asked_for(lab, tmp_path):
+    rate, on_its_way = 8 * 1024 * 1024, 2 * 4 * 1024 * 1024  # a mebibyte a connection before anybody waits
+    started = time.monotonic()
+    manifest = await export(lab, tmp_path, "demo", format="raw", limit_rate="8MiB")
+    moved = sum(image.bytes_transferred for image in manifest.disks)
+    assert moved > on_its_way
+    assert time.monotonic() - started >= (moved - on_its_way) / rate  # a slow machine takes longer
+
+
 async def test_the_manifest_says_what_was_copied_and_holds_no_secret(lab, tmp_path):
     manifest = await export(lab, tmp_path, "demo", format="raw")
     text = (tmp_path / "demo" / "manifest.json").read_text()

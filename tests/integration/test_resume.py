@@ -22,6 +22,7 @@ from tests.runs import (
     command,
     export,
     faults,
+    kill_after,
     raw_sha256,
     run_command,
     vcenter_of,
@@ -78,6 +79,11 @@ def api(prefect_api) -> dict[str, str]:
 
 def words(output_dir: Path, image_format: str = "qcow2") -> tuple[str, ...]:
     return ("--vs-vm-name", "db", "--output-dir", str(output_dir), "--format", image_format)
+
+
+def export_to(lab: Lab, output_dir: Path) -> list[str]:
+    """Return the command line that exports the VM."""
+    return command(lab, "export-vm", *words(output_dir))
 
 
 def assert_equal_to_the_frozen_chain(lab: Lab, folder: Path, scratch: Path) -> None:
@@ -139,7 +145,7 @@ def kill_and_resume(lab: Lab, output_dir: Path, api: dict[str, str], chance: ran
     lab.post("/stats/reset")
     with faults(lab, throttle_bytes_per_s=24 * MIB):
         for number in range(kills):
-            kill_after(lab, output_dir, api, chance.randrange(MIB, SIZE // 2) + number * SIZE // 4)
+            kill_after(lab, export_to(lab, output_dir), api, chance.randrange(MIB, SIZE // 2) + number * SIZE // 4)
     done = run_command(lab, "export-vm", *words(output_dir), env=api)
     assert done.returncode == 0, done.stderr
     assert_equal_to_the_frozen_chain(lab, output_dir / "db", output_dir)
@@ -148,29 +154,12 @@ def kill_and_resume(lab: Lab, output_dir: Path, api: dict[str, str], chance: ran
     assert lab.stats()["open_snapshots"] == 0
 
 
-def kill_after(lab: Lab, output_dir: Path, api: dict[str, str], served: int) -> None:
-    """Start an export, and kill it once the lab has served so many bytes, or when it ends by itself."""
-    process = subprocess.Popen(
-        command(lab, "export-vm", *words(output_dir)),
-        cwd=ROOT,
-        env=os.environ | lab.environment() | api,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 60
-    while lab.stats()["bytes_served"] < served and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    lab.post("/faults", expire_sessions=True)  # the dead process's own, which is the server's to time out
-
-
 async def test_a_dead_run_is_closed_by_the_one_that_goes_on(site, tmp_path, api):
     from prefect.client.orchestration import get_client
 
     with faults(site, throttle_bytes_per_s=24 * MIB):
         site.post("/stats/reset")
-        await asyncio.to_thread(kill_after, site, tmp_path, api, 8 * MIB)
+        await asyncio.to_thread(kill_after, site, export_to(site, tmp_path), api, 8 * MIB)
     dead = json.loads((tmp_path / "db" / ".hyper2kvm.lock").read_text())["flow_run_id"]
     async with get_client() as client:
         assert (await client.read_flow_run(dead)).state.is_running()
@@ -241,7 +230,7 @@ async def test_cancelled_it_leaves_no_part_behind(site, tmp_path):
 async def test_a_kept_leaf_that_rotted_is_fetched_again(site, tmp_path, api):
     site.post("/stats/reset")
     with faults(site, throttle_bytes_per_s=48 * MIB):
-        await asyncio.to_thread(kill_after, site, tmp_path, api, 120 * MIB)
+        await asyncio.to_thread(kill_after, site, export_to(site, tmp_path), api, 120 * MIB)
     part = tmp_path / "db" / "disk-0.qcow2.part"
     subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -q -P 0x5a 0 512", part], check=True)
     manifest = await export(site, tmp_path, "db", skip_readback=True)
@@ -265,7 +254,7 @@ async def test_a_job_that_was_naming_raw_images_is_not_gone_on_with_as_qcow2(sit
 async def test_a_snapshot_that_somebody_removed_means_a_new_point_in_time(site, tmp_path, api):
     site.post("/stats/reset")
     with faults(site, throttle_bytes_per_s=48 * MIB):
-        await asyncio.to_thread(kill_after, site, tmp_path, api, 100 * MIB)
+        await asyncio.to_thread(kill_after, site, export_to(site, tmp_path), api, 100 * MIB)
     await asyncio.to_thread(site.govc, "snapshot.remove", "-vm", site.vm("db")["path"], "*")
     site.post("/guest-write", vm=site.vm("db")["moref"], disk=0, offset=0, length=8 * MIB, seed=77)
     await export(site, tmp_path, "db", format="raw")
@@ -276,7 +265,7 @@ async def test_a_snapshot_that_somebody_removed_means_a_new_point_in_time(site, 
 async def test_another_jobs_snapshot_is_named_as_ours(site, tmp_path, api):
     with faults(site, throttle_bytes_per_s=24 * MIB):
         site.post("/stats/reset")
-        await asyncio.to_thread(kill_after, site, tmp_path / "one", api, 8 * MIB)
+        await asyncio.to_thread(kill_after, site, export_to(site, tmp_path / "one"), api, 8 * MIB)
     with pytest.raises(errors.FenceClosed, match="another job of ours"):
         await export(site, tmp_path / "two", "db")
     await export(site, tmp_path / "one", "db", format="raw", skip_readback=True)

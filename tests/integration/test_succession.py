@@ -13,9 +13,9 @@ from prefect.states import Cancelled, Crashed, Failed
 from flows.export import export_vm
 from tasks.images.job import job_lock
 from tasks.succession import clean_up
-from tests.integration.test_resume import MIB, kill_after
+from tests.integration.test_resume import MIB, export_to
 from tests.labs import running_lab
-from tests.runs import assert_nothing_left, export, faults, vcenter_of
+from tests.runs import assert_nothing_left, export, faults, kill_after, vcenter_of
 
 pytestmark = [pytest.mark.anyio, pytest.mark.live, pytest.mark.usefixtures("prefect_api")]
 
@@ -43,7 +43,8 @@ async def killed(site, tmp_path):
 
     site.post("/stats/reset")
     with faults(site, throttle_bytes_per_s=24 * MIB):
-        await asyncio.to_thread(kill_after, site, tmp_path, {"PREFECT_API_URL": PREFECT_API_URL.value()}, 100 * MIB)
+        api = {"PREFECT_API_URL": PREFECT_API_URL.value()}
+        await asyncio.to_thread(kill_after, site, export_to(site, tmp_path), api, 100 * MIB)
     assert site.stats()["open_snapshots"] == 1
     run_id = json.loads((tmp_path / "db" / ".hyper2kvm.lock").read_text())["flow_run_id"]
     block = await vcenter_of(site).save("lab", overwrite=True)

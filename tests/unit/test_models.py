@@ -136,6 +136,8 @@ def test_every_field_of_the_form_has_a_title_a_description_and_an_example(mode):
         {"vm_name": ""},
         {"format": "vpc"},
         {"format": "raw", "compression": "zstd"},
+        {"limit_rate": "fast"},
+        {"limit_rate": "1KiB"},
         {"parallel_disks": 0},
         {"parallel_disks": 99},
         {"colour": "red"},
@@ -144,3 +146,11 @@ def test_every_field_of_the_form_has_a_title_a_description_and_an_example(mode):
 def test_a_wrong_option_is_refused(wrong):
     with pytest.raises(ValidationError):
         ExportJob(**{"vm_name": "web", "output_dir": "/data"} | wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_per_s"),
+    [("", None), ("60MiB", 60 * 1024 * 1024), ("60 MiB/s", 60 * 1024 * 1024), ("1GB", 10**9), ("500K", 500_000)],
+)
+def test_a_rate_is_written_as_people_write_sizes(text, bytes_per_s):
+    assert ExportJob(vm_name="x", output_dir="/tmp", limit_rate=text).bytes_per_s == bytes_per_s

@@ -420,6 +420,18 @@ def test_what_is_no_answer_is_a_protocol_error(certificate: tuple[Path, Path], a
         answered(certificate, answer, filled)
 
 
+def test_what_comes_behind_a_body_is_no_answer_to_the_next_request(certificate: tuple[Path, Path]) -> None:
+    def talk(secure: ssl.SSLSocket) -> None:
+        secure.recv(65536)
+        secure.sendall(HEAD + b"Content-Length: 3\r\n\r\nabc" + HEAD + b"Content-Length: 6\r\n\r\nforged")
+        secure.recv(65536)
+
+    with talking(certificate, talk) as port, client(unverified(), connections=1, timeout_s=1) as asking:
+        assert asking.get(f"https://127.0.0.1:{port}/x").content == b"abc"
+        with pytest.raises(httpx.TransportError):  # a new connection, which nobody accepts
+            asking.get(f"https://127.0.0.1:{port}/x")
+
+
 def test_a_reply_without_a_body_has_none(certificate: tuple[Path, Path]) -> None:
     assert answered(certificate, b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", filled) == []
     assert answered(certificate, b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", filled) == []

@@ -1,0 +1,82 @@
+"""A target that is too small: refused before the first byte where that can be known, and clean where it cannot."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tasks import errors
+from tests.labs import Lab, running_lab
+from tests.runs import assert_nothing_left, download, export
+
+pytestmark = [pytest.mark.anyio, pytest.mark.live, pytest.mark.usefixtures("prefect_api")]
+
+MIB = 1024 * 1024
+SIZE = 96 * MIB
+SECTORS = 4096  # what a probe of every file reads is less
+SITE = {
+    "datacenters": [
+        {
+            "name": "DC",
+            "clusters": [{"name": "c", "hosts": ["esx1"]}],
+            "vms": [
+                {"name": "thick", "power": "off", "disks": [{"size": SIZE, "data": SIZE}]},
+                {"name": "thin", "disks": [{"size": "1MiB"}, {"size": SIZE, "data": SIZE, "thin": True}]},
+            ],
+        }
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def module_lab() -> Iterator[Lab]:
+    with running_lab(scenario=SITE) as lab:
+        yield lab
+
+
+@pytest.fixture
+def site(module_lab: Lab) -> Lab:
+    module_lab.post("/stats/reset")
+    return module_lab
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """An ext4 of 48 MiB, mounted (which needs root)."""
+    image, folder = tmp_path / "small.img", tmp_path / "small"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(48 * MIB)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("copy", [export, download], ids=["export", "download"])
+async def test_what_cannot_fit_is_refused_before_the_first_byte(site, small, copy):
+    with pytest.raises(errors.DiskFull) as raised:
+        await copy(site, small, "thick")
+    assert raised.value.need >= SIZE > raised.value.have
+    assert site.stats()["bytes_served"] < SECTORS
+    assert_nothing_left(site)
+
+
+@pytest.mark.parametrize("options", [{"format": "qcow2"}, {"format": "raw"}], ids=["qcow2", "raw"])
+async def test_an_export_that_fills_the_disk_ends_and_leaves_nothing(site, small, options):
+    with pytest.raises(errors.DiskFull) as raised:
+        await export(site, small, "thin", **options)
+    assert raised.value.need > raised.value.have
+    assert site.stats()["bytes_served"] > 16 * MIB
+    assert {path.name for path in (small / "thin").iterdir()} == {".hyper2kvm.lock"}
+    assert_nothing_left(site)
+
+
+async def test_a_download_that_fills_the_disk_ends_and_leaves_nothing(site, small):
+    with pytest.raises(errors.DiskFull):
+        await download(site, small, "thin", snapshot=True)
+    assert {path.name for path in (small / "thin").iterdir()} == {".hyper2kvm.lock"}
+    assert_nothing_left(site)
