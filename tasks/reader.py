@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Generator
 from typing import Protocol, Self
 
 from tasks.models import Extent
+
+
+def aligned_buffer(length: int) -> memoryview:
+    """Return memory that begins on a page: what lies in it can be written past the page cache (open(2), O_DIRECT)."""
+    return memoryview(mmap.mmap(-1, length))
 
 
 class TransientFault(Exception):

@@ -24,7 +24,7 @@ from tenacity import (
 
 from tasks.errors import IntegrityMismatch, TransferInterrupted
 from tasks.images.checkpoints import Checkpoints
-from tasks.images.digests import LEAF_BYTES, ZERO_RECORD, Buffer, Digests, record_of
+from tasks.images.digests import LEAF_BYTES, Buffer, Digests, is_zero, record_of
 from tasks.images.extents import check_plan, pieces
 from tasks.images.journal import Journal
 from tasks.images.leaves import Misread, Piece
@@ -33,6 +33,8 @@ from tasks.images.writer import Writer
 from tasks.models import Extent, Value
 from tasks.rate import Rate
 from tasks.reader import Reader, TransientFault
+
+CLUSTER_BYTES = 64 * 1024  # of a qcow2, where nothing else is said: what a target has or has not
 
 _log = logging.getLogger(__name__)
 
@@ -152,20 +154,22 @@ class _Copy:
             raise Misread(f"the source left out {piece.left} leaves, the first at {piece.first_missing}")
 
     def _land(self, first: int, content: Buffer) -> None:
-        """Write whole leaves, from number `first` on, those of zeros as holes."""
-        start, view, written = first * LEAF_BYTES, memoryview(content), 0
+        """Write whole leaves, from number `first` on, their clusters of zeros as holes."""
+        start, view = first * LEAF_BYTES, memoryview(content)
         records = [record_of(view[at : at + LEAF_BYTES]) for at in range(0, len(view), LEAF_BYTES)]
         at = 0
-        for zeros, group in groupby(record == ZERO_RECORD for record in records):
-            part = view[at : at + LEAF_BYTES * len(tuple(group))]
+        for zeros, clusters in groupby(
+            is_zero(view[at : at + CLUSTER_BYTES]) for at in range(0, len(view), CLUSTER_BYTES)
+        ):
+            part = view[at : at + CLUSTER_BYTES * len(tuple(clusters))]
             if zeros:
                 self._writer.zero(start + at, len(part))
             else:
                 self._writer.write(start + at, part)
-                written += len(part)
+                self._count(written=len(part))
             at += len(part)
         self._digests.put(first, b"".join(records))
-        self._count(covered=len(view), written=written)
+        self._count(covered=len(view))
         if self._progress:
             self._progress(len(view))
         self._checkpoints.landed(Extent(start=start, length=len(view)))

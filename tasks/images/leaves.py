@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from tasks.images.digests import LEAF_BYTES, Buffer, leaf_count
 from tasks.models import Extent
+from tasks.reader import aligned_buffer
 
 
 class Misread(Exception):
@@ -19,7 +20,7 @@ class Piece:
         self.extent = extent
         self._missing = set(range(extent.start // LEAF_BYTES, -(-extent.end // LEAF_BYTES)))
         self._open: dict[int, _OpenLeaf] = {}
-        self._spare: list[bytearray] = []
+        self._spare: list[memoryview] = []
 
     @property
     def left(self) -> int:
@@ -71,7 +72,7 @@ class Piece:
 
     def _put(self, leaf: int, length: int, at: int, part: memoryview) -> bool:
         if leaf not in self._open:
-            spare = self._spare.pop() if self._spare and length == LEAF_BYTES else bytearray(length)
+            spare = self._spare.pop() if self._spare and length == LEAF_BYTES else aligned_buffer(length)
             self._open[leaf] = _OpenLeaf(spare)
         return self._open[leaf].put(at, part)
 
@@ -82,7 +83,7 @@ class Piece:
         self._missing.difference_update(leaves)
         return leaves[0], content
 
-    def _keep(self, content: bytearray) -> None:
+    def _keep(self, content: memoryview) -> None:
         if len(content) == LEAF_BYTES:
             self._spare.append(content)
 
@@ -94,7 +95,7 @@ class Piece:
 class _OpenLeaf:
     """A leaf that is not all there yet, and the gaps in it."""
 
-    def __init__(self, content: bytearray) -> None:
+    def __init__(self, content: memoryview) -> None:
         self.content = content
         self._gaps = [(0, len(content))]
 

@@ -10,6 +10,7 @@ from typing import Self
 
 from tasks.errors import TransferInterrupted
 from tasks.models import Extent
+from tasks.reader import aligned_buffer
 
 BUFFER_BYTES = 1024 * 1024
 
@@ -35,7 +36,7 @@ class FileReader:
 
     def stream(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
         """Yield the bytes of `extent` in order. Raises TransferInterrupted where the file ends before it."""
-        buffer = memoryview(bytearray(min(BUFFER_BYTES, extent.length)))
+        buffer = aligned_buffer(min(BUFFER_BYTES, extent.length))
         at = extent.start
         while at < extent.end:
             done = os.preadv(self._fd, [buffer[: extent.end - at]], at)

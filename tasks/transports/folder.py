@@ -7,7 +7,6 @@ cannot read is named on entering, with the road that would.
 from __future__ import annotations
 
 import logging
-import mmap
 import re
 import ssl
 import threading
@@ -39,7 +38,7 @@ from tasks.errors import (
     UnsupportedDisk,
 )
 from tasks.models import SECTOR_BYTES, Connection, Extent, Value, VirtualDisk, VirtualMachine
-from tasks.reader import TransientFault
+from tasks.reader import TransientFault, aligned_buffer
 from tasks.transports import bulk
 
 TIMEOUT_S = 10.0  # of connecting, of a read and of a write: longer than a stun of the VM, shorter than patience
@@ -208,9 +207,9 @@ class FolderReader:
             raise TransientFault(f"the reply ended at byte {offset} of {extent.end}")
 
     def _buffer(self) -> memoryview:
-        """Return this thread's own buffer: a page's beginning, so that a target may be written past the page cache."""
+        """Return this thread's own buffer."""
         if not hasattr(self._buffers, "mine"):
-            self._buffers.mine = memoryview(mmap.mmap(-1, BUFFER_BYTES))
+            self._buffers.mine = aligned_buffer(BUFFER_BYTES)
         return self._buffers.mine  # type: ignore[no-any-return]
 
     def interrupt(self) -> None:

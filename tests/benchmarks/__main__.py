@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import download
+from tests.benchmarks import download, onepass
 
-BENCHMARKS = {"download": download.main}
+BENCHMARKS = {"download": download.main, "onepass": onepass.main}
 
 
 def main(names: list[str]) -> None:

@@ -136,7 +136,7 @@ def test_stopped_mid_transfer_it_removes_the_snapshot_and_says_so(lab, tmp_path,
         (["--vs-vm-name", "demo", "--thumbprint", "AB" * 20], {}, "expected AB:AB:"),
         (["--vs-vm-name", "demo", "--ca-file", ""], {"VCENTER_CA_FILE": ""}, "is not trusted"),
         (["--vs-vm-name", "demo", "--transport", "vddk"], {}, "'vddk' is not built yet"),
-        (["--vs-vm-name", "demo", "--format", "vhdx"], {}, "format"),
+        (["--vs-vm-name", "demo", "--format", "vpc"], {}, "format"),
         ([], {}, "--vs-vm-name"),
     ],
 )
