@@ -35,15 +35,17 @@ func (l *lab) liveSession(key string) bool {
 	return false
 }
 
-// authorised says whether a request may see files; Basic authorisation makes a session and sets its cookie.
+// authorised says whether a request may see files; Basic authorisation makes a session and sets its cookie. Where
+// there is a ticket it alone decides: a client's session cookie goes along to every port of the same address.
 func (l *lab) authorised(w http.ResponseWriter, r *http.Request, next http.Handler) bool {
+	if c, err := r.Cookie(ticketCookie); err == nil {
+		return l.spendTicket(c.Value, r)
+	}
+	if atHost(r) {
+		return false
+	}
 	if l.liveSession(sessionCookie(r)) {
 		return true
-	}
-	if c, err := r.Cookie("vmware_cgi_ticket"); err == nil {
-		if key, known := l.tickets.Load(c.Value); known && l.liveSession(key.(string)) {
-			return true
-		}
 	}
 	user, password, ok := r.BasicAuth()
 	return ok && l.basicLogin(w, user, password, next)
@@ -109,7 +111,11 @@ func (l *lab) resolve(r *http.Request) (string, int) {
 			return "", http.StatusBadRequest
 		}
 	}
-	ds := l.findDatastore(r.URL.Query().Get("dcPath"), r.URL.Query().Get("dsName"))
+	dcPath, name := r.URL.Query().Get("dcPath"), r.URL.Query().Get("dsName")
+	ds := l.findDatastore(dcPath, name)
+	if ds == nil && dcPath == "" && atHost(r) {
+		ds = l.lonelyNamed(name)
+	}
 	if ds == nil {
 		return "", http.StatusNotFound
 	}
@@ -135,6 +141,19 @@ func (l *lab) findDatastore(dcPath, name string) *datastore {
 		}
 	}
 	return nil
+}
+
+// lonelyNamed is the one datastore of that name in all datacenters, nil where there are several or none.
+func (l *lab) lonelyNamed(name string) (found *datastore) {
+	for _, dc := range l.datacenters {
+		if ds := dc.datastores[name]; ds != nil {
+			if found != nil {
+				return nil
+			}
+			found = ds
+		}
+	}
+	return found
 }
 
 func (l *lab) sendFile(w *meter, r *http.Request, file string, owner *machine) {

@@ -26,6 +26,7 @@ type lab struct {
 	internal string             // session key of that client
 	certs    *certificates
 	server   *simulator.Server
+	hosts    *hostPort // none with -esx
 	admin    *http.Server
 	adminURL string
 
@@ -38,7 +39,7 @@ type lab struct {
 
 	stats   *stats
 	faults  *faults
-	tickets sync.Map // service ticket → session key
+	tickets sync.Map // id → ticket, until spent
 	loads   sync.Map // diskID → stop function of a running guest-load
 	stopped chan struct{}
 
@@ -58,7 +59,7 @@ func newLab(o options) (*lab, error) {
 	return l, err
 }
 
-// start builds the inventory and opens both ports.
+// start builds the inventory and opens the ports.
 func (l *lab) start() error {
 	var err error
 	if l.scratch, err = os.MkdirTemp("", "hyper2kvm-lab-scratch-"); err != nil {
@@ -105,7 +106,7 @@ func (l *lab) newContext() *simulator.Context {
 	return &ctx
 }
 
-// serve opens the vCenter's port.
+// serve opens the vCenter's port, and the one of its hosts.
 func (l *lab) serve() error {
 	// NewServer panics where it cannot listen: look first.
 	probe, err := net.Listen("tcp", l.opts.listen)
@@ -125,7 +126,10 @@ func (l *lab) serve() error {
 	service.TLS = &tls.Config{Certificates: []tls.Certificate{l.certs.leaf}}
 	l.server = service.NewServer()
 	l.server.Config.Handler = l.front(l.server.Config.Handler)
-	return nil
+	if l.opts.esx {
+		return nil
+	}
+	return l.serveHosts(host, l.server.Config.Handler)
 }
 
 // close ends everything and removes what is ours.
@@ -134,6 +138,9 @@ func (l *lab) close() {
 	if l.server != nil {
 		l.server.Listener.Close()
 		l.server.CloseClientConnections()
+	}
+	if l.hosts != nil {
+		l.hosts.server.Close()
 	}
 	if l.admin != nil {
 		l.admin.Close()

@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"io"
 	"net/http"
-	"regexp"
 	"strings"
 
 	"github.com/vmware/govmomi/object"
@@ -105,8 +104,6 @@ func (h *heldReply) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-var ticketReply = regexp.MustCompile(`<AcquireGenericServiceTicketResponse[^>]*>.*?<id>([^<]+)</id>`)
-
 func (l *lab) serveSOAP(w http.ResponseWriter, r *http.Request, next http.Handler) {
 	request, err := io.ReadAll(r.Body)
 	if err != nil {
@@ -121,9 +118,7 @@ func (l *lab) serveSOAP(w http.ResponseWriter, r *http.Request, next http.Handle
 	if held.status == http.StatusOK && strings.Contains(head, "<Login") {
 		l.stats.loggedIn()
 	}
-	if t := ticketReply.FindStringSubmatch(head); t != nil {
-		l.tickets.Store(t[1], sessionCookie(r))
-	}
+	body = l.issueTicket(sessionCookie(r), request, body)
 	if r.Method == http.MethodPost {
 		w.Header().Set("Content-Type", "text/xml; charset=utf-8")
 	}

@@ -19,6 +19,8 @@ type stats struct {
 	served        int64            // disk bytes by any road
 	open          map[string]int64 // transfers now, by host
 	peak          map[string]int64
+
+	ticketsIssued, ticketsUsed, ticketsRefused int64
 }
 
 func newStats() *stats {
@@ -33,6 +35,7 @@ func (s *stats) reset() {
 	defer s.mu.Unlock()
 	s.soapCalls, s.requests, s.bytes = map[string]int64{}, map[string]int64{}, map[string]int64{}
 	s.soapTotal, s.logins, s.loginAttempts, s.served = 0, 0, 0, 0
+	s.ticketsIssued, s.ticketsUsed, s.ticketsRefused = 0, 0, 0
 	s.peak = map[string]int64{}
 	for host, n := range s.open {
 		if n > 0 {
@@ -63,6 +66,13 @@ func (s *stats) http(path string, n int64) {
 	defer s.mu.Unlock()
 	s.requests[path]++
 	s.bytes[path] += n
+}
+
+// ticket adds one to a ticket counter.
+func (s *stats) ticket(counter *int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	*counter++
 }
 
 func (s *stats) diskBytes(n int64) {
@@ -96,6 +106,7 @@ func (l *lab) report() map[string]any {
 		"http_requests": copyMap(s.requests), "http_bytes": copyMap(s.bytes),
 		"live_sessions": sessions, "open_snapshots": snapshots,
 		"bytes_served": s.served, "peak_transfers": copyMap(s.peak),
+		"tickets_issued": s.ticketsIssued, "tickets_used": s.ticketsUsed, "tickets_refused": s.ticketsRefused,
 	}
 }
 
