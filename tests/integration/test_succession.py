@@ -68,7 +68,7 @@ async def test_a_job_that_can_be_gone_on_with_is_left_alone(site, killed, tmp_pa
     await clean_up(export_vm, killed, state)
     assert site.stats()["open_snapshots"] == 1
     assert site.stats()["soap_total"] == 0
-    await export(site, tmp_path, "db", format="raw", skip_readback=True)
+    await export(site, tmp_path, "db", skip_readback=True)
     assert site.stats()["bytes_served"] < 160 * MIB
     assert_nothing_left(site)
 
