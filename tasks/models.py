@@ -324,10 +324,14 @@ class ExportTransport(StrEnum):
 
 
 SLOWEST_BYTES_PER_S = 64 * 1024
-_RATE = TypeAdapter(ByteSize)
 
 OptionalText = Annotated[str, BeforeValidator(lambda value: value or "")]
 """Text that may be left out. None is read as "": a field `str | None` becomes two tabs, "str" and "None", in a form."""
+
+
+def _bytes_of(rate: str) -> int:
+    """Return what `60MiB` or `60MiB/s` is in bytes. Raises pydantic.ValidationError."""
+    return int(TypeAdapter(ByteSize).validate_python(rate.removesuffix("/s")))
 
 
 class JobOptions(BaseModel):
@@ -359,12 +363,12 @@ class JobOptions(BaseModel):
     @property
     def bytes_per_s(self) -> int | None:
         """The rate limit; None where there is none."""
-        return int(_RATE.validate_python(self.limit_rate.removesuffix("/s"))) if self.limit_rate else None
+        return _bytes_of(self.limit_rate) if self.limit_rate else None
 
     @field_validator("limit_rate")
     @classmethod
     def _is_a_rate(cls, text: str) -> str:
-        if text and _RATE.validate_python(text.removesuffix("/s")) < SLOWEST_BYTES_PER_S:
+        if text and _bytes_of(text) < SLOWEST_BYTES_PER_S:
             raise ValueError(f"{text} is less than {SLOWEST_BYTES_PER_S // 1024} KiB a second: servers hang up on that")
         return text
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -72,6 +73,23 @@ def kill_after(lab: Lab, argv: list[str], api: dict[str, str], served: int) -> b
     process.wait()
     lab.post("/faults", expire_sessions=True)  # the dead process's own, which is the server's to time out
     return lived
+
+
+def chance_of_this_run() -> int:
+    """Return the seed of a test by chance: HYPER2KVM_SEED, else a new one; printed, so that it can be run again."""
+    seed = int(os.environ.get("HYPER2KVM_SEED", random.randrange(1 << 32)))
+    print(f"HYPER2KVM_SEED={seed}")
+    return seed
+
+
+def kill_at_random(
+    lab: Lab, argv: list[str], api: dict[str, str], chance: random.Random, *, size: int, kills: int
+) -> None:
+    """Kill a command that moves `size` bytes `kills` times, each later on; the lab's counts begin anew."""
+    lab.post("/stats/reset")
+    with faults(lab, throttle_bytes_per_s=24 << 20):
+        for number in range(kills):
+            kill_after(lab, argv, api, chance.randrange(1 << 20, size // 2) + number * size // 4)
 
 
 def raw_sha256(image: Path, scratch: Path) -> str:

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Target:
-    """An open raw part with its digests and journal. missing: what to copy. kept_bytes: what need not be."""
+    """An open part with its digests and journal. missing: what to copy. kept_bytes: what need not be."""
 
     writer: Writer
     digests: Digests

@@ -101,8 +101,9 @@ class _Connection:
         talk = _Talk(stream, http, timeouts.get("read"))
         reply = talk.head()
         direct = _length_of(reply) if request.method == "GET" else None
-        reader = talk.body() if direct is None else _Counted(talk, direct)
-        body = _Body(reader, lambda kept: self._done(reply, kept, at_end))
+        body = _Body(
+            _Framed(talk) if direct is None else _Counted(talk, direct), lambda kept: self._done(reply, kept, at_end)
+        )
         return httpx.Response(
             reply.status_code,
             headers=reply.headers.raw_items(),
@@ -166,10 +167,10 @@ class _Talk:
         """Return what came of the body with the head."""
         return self._http.trailing_data[0]
 
-    def body(self) -> Iterator[bytes]:
-        """Yield the parts of a body of any framing; the generator returns only at its end."""
-        while isinstance(event := self._event(), h11.Data):
-            yield bytes(event.data)
+    def part(self) -> bytes | None:
+        """Return what comes next of a body of any framing; None at its end."""
+        event = self._event()
+        return bytes(event.data) if isinstance(event, h11.Data) else None
 
     def _event(self) -> object:
         while True:
@@ -210,37 +211,43 @@ class _Counted:
         return count
 
 
-class _Body(httpx.SyncByteStream):
-    """The bytes of a reply. `done` is called once, when it is closed, with whether all of it was read."""
+class _Framed:
+    """A body of any framing, as h11 takes it apart."""
 
-    def __init__(self, source: _Counted | Iterator[bytes], done: Callable[[bool], object]) -> None:
-        self._source, self._done = source, done
-        self._rest = memoryview(b"")
-        self._ended = self._closed = False
+    def __init__(self, talk: _Talk) -> None:
+        self._talk, self._rest = talk, memoryview(b"")
+        self.ended = False
+
+    def read_into(self, view: memoryview) -> int:
+        """Return how many bytes of the body are in `view` now, 0 at its end."""
+        while not self._rest and not self.ended:
+            part = self._talk.part()
+            self._rest, self.ended = memoryview(part or b""), part is None
+        count = min(len(view), len(self._rest))
+        view[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
+
+
+class _Body(httpx.SyncByteStream):
+    """The bytes of a reply. `done` is called once, when it is closed, with whether all of it was read.
+
+    read_into: fills a buffer as far as what has come goes, and returns how far: 0 at the end of the body only. Raises
+    ReadError, ReadTimeout, RemoteProtocolError.
+    """
+
+    def __init__(self, source: _Counted | _Framed, done: Callable[[bool], object]) -> None:
+        self._source, self._done, self.read_into = source, done, source.read_into
+        self._closed = False
 
     def __iter__(self) -> Iterator[bytes]:
         buffer = memoryview(bytearray(RECEIVE_BYTES))
         while count := self.read_into(buffer):
             yield bytes(buffer[:count])
 
-    def read_into(self, view: memoryview) -> int:
-        """Fill `view` as far as what has come goes, and return how far: 0 at the end of the body only.
-
-        Raises ReadError, ReadTimeout, RemoteProtocolError.
-        """
-        if isinstance(self._source, _Counted):
-            return self._source.read_into(view)
-        while not self._rest and not self._ended:
-            part = next(self._source, None)
-            self._rest, self._ended = memoryview(part or b""), part is None
-        count = min(len(view), len(self._rest))
-        view[:count], self._rest = self._rest[:count], self._rest[count:]
-        return count
-
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._done(self._source.ended if isinstance(self._source, _Counted) else self._ended)
+            self._done(self._source.ended)
 
 
 class BulkStream:

@@ -19,6 +19,7 @@ from tasks.models import Connection, Trust
 from tasks.vsphere.session import borrow
 from tests.benchmarks import nginx
 from tests.benchmarks.measure import (
+    DISK_BYTES,
     MIB,
     Contender,
     Row,
@@ -34,7 +35,6 @@ from tests.benchmarks.measure import (
 )
 from tests.labs import GOVC, ROOT, Lab, running_lab
 
-BIG = int(os.environ.get("HYPER2KVM_BENCH_MIB", "4096")) * MIB
 FILES, FILE_BYTES = 200, 8 * MIB
 RSS_GOAL_MIB = 120.0
 GOALS = {"curl": 1.0, "curl -Z": 1.0, "aiohttp loop": 1.5, "govc datastore.download": 1.0}
@@ -56,24 +56,24 @@ def from_nginx(scratch: Path) -> list[Row]:
     root, folder = scratch / "root", scratch / "nginx"
     (root / "folder").mkdir(parents=True)
     folder.mkdir()
-    random_file(root / "folder" / "big-flat.vmdk", BIG)
+    random_file(root / "folder" / "big-flat.vmdk", DISK_BYTES)
     names = [f"f{number:03}" for number in range(FILES)]
     for name in names:
         random_file(root / "folder" / f"{name}-flat.vmdk", FILE_BYTES)
     with nginx.serving(root, folder) as (address, ca_file):
-        big = case("nginx, one file", server(address, ca_file, ["big"], BIG), scratch, BIG)
+        big = case("nginx, one file", server(address, ca_file, ["big"], DISK_BYTES), scratch, DISK_BYTES)
         return big + case("nginx, 200 files", server(address, ca_file, names, FILE_BYTES), scratch, FILES * FILE_BYTES)
 
 
 def from_lab(scratch: Path) -> list[Row]:
-    vm = {"name": "off", "power": "off", "disks": [{"size": BIG, "data": BIG}]}
+    vm = {"name": "off", "power": "off", "disks": [{"size": DISK_BYTES, "data": DISK_BYTES}]}
     site = {"datacenters": [{"name": "DC", "clusters": [{"name": "c", "hosts": ["esx1"]}], "vms": [vm]}]}
     with running_lab(scenario=site) as lab, borrow(connection_to(lab)) as session:
         cookie = session.cookie.partition(";")[0].strip()
-        contenders = server(lab.address, lab.ca_file, ["off/off"], BIG, cookie=cookie)
+        contenders = server(lab.address, lab.ca_file, ["off/off"], DISK_BYTES, cookie=cookie)
         contenders["govc datastore.download"] = lambda target: govc(lab, target)
         contenders.pop("aiohttp loop", None)  # it has no say in cookies that are quoted
-        return case("lab, one file", contenders, scratch, BIG)
+        return case("lab, one file", contenders, scratch, DISK_BYTES)
 
 
 def server(address: str, ca_file: Path, names: list[str], size: int, *, cookie: str = "c=1") -> dict[str, Contender]:

@@ -18,6 +18,7 @@ from tests.labs import ROOT
 ROUNDS = 5
 MIB = 1024 * 1024
 GIB = 1024 * MIB
+DISK_BYTES = int(os.environ.get("HYPER2KVM_BENCH_MIB", "4096")) * MIB
 Contender = Callable[[Path], "Run"]
 
 

@@ -7,7 +7,6 @@ smaller.
 
 from __future__ import annotations
 
-import os
 import shutil
 import statistics
 import subprocess
@@ -18,8 +17,8 @@ from tasks.images.qemu import qemu_nbd
 from tasks.vsphere.session import borrow
 from tests.benchmarks.download import connection_to
 from tests.benchmarks.measure import (
+    DISK_BYTES,
     GIB,
-    MIB,
     Contender,
     Row,
     Run,
@@ -33,8 +32,7 @@ from tests.benchmarks.measure import (
 )
 from tests.labs import ROOT, running_lab
 
-SIZE = int(os.environ.get("HYPER2KVM_BENCH_MIB", "4096")) * MIB
-VM = {"name": "off", "power": "off", "disks": [{"size": SIZE, "data": SIZE // 2}]}
+VM = {"name": "off", "power": "off", "disks": [{"size": DISK_BYTES, "data": DISK_BYTES // 2}]}
 SITE = {"datacenters": [{"name": "DC", "clusters": [{"name": "c", "hosts": ["esx1"]}], "vms": [VM]}]}
 WRITTEN_GOAL, TIME_GOAL, CASE = 1.05, 0.7, "half-empty disk"
 
@@ -50,7 +48,9 @@ def main() -> None:
 
         def ours(passes: str, check: str) -> Contender:
             words = (passes, check, lab.address, str(lab.ca_file), cookie)
-            return lambda target: program("tests.benchmarks.export_disk", *words, str(target), str(SIZE), "off/off")
+            return lambda target: program(
+                "tests.benchmarks.export_disk", *words, str(target), str(DISK_BYTES), "off/off"
+            )
 
         contenders = {
             "ours": ours("one", "as-it-is"),
@@ -64,13 +64,13 @@ def main() -> None:
         else:
             print("nbdcopy is not there: that peer is left out")
         runs = interleaved(contenders, Path(scratch))
-        show(runs, CASE, SIZE)
+        show(runs, CASE, DISK_BYTES)
         write("onepass", rows(runs, allocated=source.stat().st_blocks * 512))
 
 
 def nbdcopy(source: Path, target: Path) -> Run:
     image = target / "nbdcopy.qcow2"
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(SIZE)], check=True)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(DISK_BYTES)], check=True)
     with (
         qemu_nbd(source, format="raw") as read_from,
         qemu_nbd(image, format="qcow2", read_only=False) as write_to,
@@ -99,7 +99,7 @@ def rows(runs: dict[str, list[Run]], *, allocated: int) -> list[Row]:
     ]
     if "nbdcopy" in runs:
         found.append(row(CASE, "nbdcopy", "s", seconds("ours"), seconds("nbdcopy"), 1.0, at_least=False))
-    cpu_s = {name: cpu_s_per_gib(runs[name], SIZE) for name in ("ours", "two passes")}
+    cpu_s = {name: cpu_s_per_gib(runs[name], DISK_BYTES) for name in ("ours", "two passes")}
     found.append(row(CASE, "two passes, CPU", "CPU-s/GiB", cpu_s["ours"], cpu_s["two passes"], 1.0, at_least=False))
     written = statistics.median(run.written_bytes for run in runs["ours"])
     return [*found, row(CASE, "allocated bytes", "GiB", written / GIB, allocated / GIB, WRITTEN_GOAL, at_least=False)]

@@ -21,29 +21,34 @@ AT_ONCE = 2
 
 
 def main(address: str, ca_file: str, cookie: str, folder: str, size: str, *names: str) -> None:
-    host, _, port = address.rpartition(":")
-    connection = Connection(
-        host=host, port=int(port), username="u", password="p", trust=Trust(ca_pem=Path(ca_file).read_text())
-    )
-
     def fetch(name: str) -> None:
-        download(connection, cookie, Path(folder), int(size), name, threads=4 if len(names) == 1 else 1)
+        reader = reader_of(address, ca_file, cookie, size=int(size), name=name)
+        download(reader, Path(folder) / f"{Path(name).name}.raw", threads=4 if len(names) == 1 else 1)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         measured(lambda: list(pool.map(fetch, names)))
 
 
-def download(connection: Connection, cookie: str, folder: Path, size: int, name: str, *, threads: int) -> None:
+def reader_of(address: str, ca_file: str, cookie: str, *, size: int, name: str) -> FolderReader:
+    """Return the reader, not entered yet, of a file of `size` bytes of the server at `address`."""
+    host, _, port = address.rpartition(":")
+    trust = Trust(ca_pem=Path(ca_file).read_text())
     disk = FolderDisk(
-        connection=connection, datacenter_path="/DC", datastore_path=f"[datastore1] {name}.vmdk", capacity_bytes=size
+        connection=Connection(host=host, port=int(port), username="u", password="p", trust=trust),
+        datacenter_path="/DC",
+        datastore_path=f"[datastore1] {name}.vmdk",
+        capacity_bytes=size,
     )
-    target = folder / f"{Path(name).name}.raw"
+    return FolderReader(disk, cookie=lambda: cookie, renew=lambda stale: stale)
+
+
+def download(source: FolderReader, target: Path, *, threads: int) -> None:
     with (
-        FolderReader(disk, cookie=lambda: cookie, renew=lambda stale: stale) as reader,
-        RawWriter.create(target, size=size) as writer,
-        Digests.create(target.with_suffix(".digests"), size=size) as digests,
+        source as reader,
+        RawWriter.create(target, size=reader.size) as writer,
+        Digests.create(target.with_suffix(".digests"), size=reader.size) as digests,
     ):
-        copy(reader, whole_disk(size), writer, digests=digests, limits=Limits(threads=threads))
+        copy(reader, whole_disk(reader.size), writer, digests=digests, limits=Limits(threads=threads))
 
 
 if __name__ == "__main__":

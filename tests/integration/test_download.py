@@ -15,7 +15,16 @@ import pytest
 from tasks import errors
 from tasks.images.mirror import digest_of
 from tests.labs import ROOT, Lab, running_lab
-from tests.runs import assert_nothing_left, command, download, faults, kill_after, run_command
+from tests.runs import (
+    assert_nothing_left,
+    chance_of_this_run,
+    command,
+    download,
+    faults,
+    kill_after,
+    kill_at_random,
+    run_command,
+)
 
 pytestmark = [pytest.mark.anyio, pytest.mark.live, pytest.mark.usefixtures("prefect_api")]
 
@@ -258,15 +267,12 @@ def test_killed_inside_a_file_the_same_command_goes_on_there(site, tmp_path, api
 
 
 def test_killed_at_random_it_downloads_little_twice(site, tmp_path, api):
-    seed = int(os.environ.get("HYPER2KVM_SEED", random.randrange(1 << 32)))
-    print(f"HYPER2KVM_SEED={seed}")
-    kill_and_resume(site, tmp_path, api, random.Random(seed))
+    kill_and_resume(site, tmp_path, api, random.Random(chance_of_this_run()))
 
 
 @pytest.mark.soak
 def test_killed_thirty_times_it_downloads_little_twice(tmp_path, api):
-    seed = int(os.environ.get("HYPER2KVM_SEED", random.randrange(1 << 32)))
-    print(f"HYPER2KVM_SEED={seed}")
+    seed = chance_of_this_run()
     with running_lab(scenario=SITE) as lab:
         for number in range(10):
             kill_and_resume(lab, tmp_path / str(number), api, random.Random(seed + number))
@@ -274,12 +280,9 @@ def test_killed_thirty_times_it_downloads_little_twice(tmp_path, api):
 
 def kill_and_resume(lab: Lab, output_dir: Path, api: dict[str, str], chance: random.Random, *, kills: int = 3) -> None:
     output_dir.mkdir(exist_ok=True)
-    lab.post("/stats/reset")
-    argv = command(lab, "download-vm", "--vs-vm-name", "big", "--output-dir", str(output_dir))
-    with faults(lab, throttle_bytes_per_s=24 * MIB):
-        for number in range(kills):
-            kill_after(lab, argv, api, chance.randrange(MIB, BIG // 2) + number * BIG // 4)
-    done = subprocess.run(argv, cwd=ROOT, env=os.environ | lab.environment() | api, capture_output=True, timeout=120)
+    words = ("download-vm", "--vs-vm-name", "big", "--output-dir", str(output_dir))
+    kill_at_random(lab, command(lab, *words), api, chance, size=BIG, kills=kills)
+    done = run_command(lab, *words, env=api)
     assert done.returncode == 0, done.stderr
     assert tree(output_dir / "big") == tree(store(lab, "big"))
     assert {path.name for path in (output_dir / "big").glob(".*")} == {".hyper2kvm.lock"}

@@ -19,10 +19,12 @@ from tasks.models import ExportJob
 from tests.labs import ROOT, Lab, running_lab
 from tests.runs import (
     assert_nothing_left,
+    chance_of_this_run,
     command,
     export,
     faults,
     kill_after,
+    kill_at_random,
     raw_sha256,
     run_command,
     vcenter_of,
@@ -126,15 +128,12 @@ def test_killed_there_the_next_run_ends_with_an_equal_copy(site, tmp_path, api, 
 
 
 def test_killed_at_random_it_copies_little_twice(site, tmp_path, api):
-    seed = int(os.environ.get("HYPER2KVM_SEED", random.randrange(1 << 32)))
-    print(f"HYPER2KVM_SEED={seed}")
-    kill_and_resume(site, tmp_path, api, random.Random(seed), kills=3)
+    kill_and_resume(site, tmp_path, api, random.Random(chance_of_this_run()), kills=3)
 
 
 @pytest.mark.soak
 def test_killed_thirty_times_it_copies_little_twice(tmp_path, api):
-    seed = int(os.environ.get("HYPER2KVM_SEED", random.randrange(1 << 32)))
-    print(f"HYPER2KVM_SEED={seed}")
+    seed = chance_of_this_run()
     with running_lab(scenario=SITE) as lab:
         for number in range(10):
             kill_and_resume(lab, tmp_path / str(number), api, random.Random(seed + number), kills=3)
@@ -142,10 +141,7 @@ def test_killed_thirty_times_it_copies_little_twice(tmp_path, api):
 
 def kill_and_resume(lab: Lab, output_dir: Path, api: dict[str, str], chance: random.Random, *, kills: int) -> None:
     output_dir.mkdir(exist_ok=True)
-    lab.post("/stats/reset")
-    with faults(lab, throttle_bytes_per_s=24 * MIB):
-        for number in range(kills):
-            kill_after(lab, export_to(lab, output_dir), api, chance.randrange(MIB, SIZE // 2) + number * SIZE // 4)
+    kill_at_random(lab, export_to(lab, output_dir), api, chance, size=SIZE, kills=kills)
     done = run_command(lab, "export-vm", *words(output_dir), env=api)
     assert done.returncode == 0, done.stderr
     assert_equal_to_the_frozen_chain(lab, output_dir / "db", output_dir)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 
 import pytest
 
 from tests.labs import running_lab
-from tests.runs import assert_equal_to_the_guests_disks, assert_nothing_left, export
+from tests.runs import assert_equal_to_the_guests_disks, assert_nothing_left, chance_of_this_run, export
 
 pytestmark = [pytest.mark.anyio, pytest.mark.live, pytest.mark.soak, pytest.mark.usefixtures("prefect_api")]
 
@@ -17,8 +16,7 @@ EXPORTS = 25
 
 
 async def test_exports_under_random_faults_are_equal(tmp_path):
-    seed = int(os.environ.get("HYPER2KVM_SEED", random.randrange(1 << 32)))
-    print(f"HYPER2KVM_SEED={seed}")
+    seed = chance_of_this_run()
     chance = random.Random(seed)
     with running_lab("-disks", "3", "-disk-size", "48MiB", "-seed", str(seed)) as lab:
         vm = lab.vm("demo")

@@ -333,24 +333,50 @@ def test_one_connection_serves_many_requests_and_many_threads_share_few(certific
     assert len(server.requests) == 43
 
 
-@pytest.mark.parametrize("how", ["left", "idle for long"])
-def test_a_connection_that_is_no_good_any_more_is_replaced(
-    certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, how: str
+def test_a_connection_that_was_idle_for_long_is_replaced(
+    certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     headers = {"Cookie": "c=1", "Range": "bytes=0-9"}
+    with serving(CONTENT, certificate, cookie="c=1") as server:
+        with client(unverified(), connections=1, timeout_s=10) as asking:
+            for expected in (1, 1, 2):
+                if expected == 2:
+                    monkeypatch.setattr(bulk, "KEEP_ALIVE_S", -1.0)
+                assert asking.get(f"https://127.0.0.1:{server.port}/", headers=headers).content == CONTENT[:10]
+                assert server.connections == expected
+
+
+def test_a_connection_that_the_server_left_between_two_requests_is_replaced(certificate: tuple[Path, Path]) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    gone = threading.Event()
+    with listening() as listener:
+
+        def serve() -> None:
+            for answer in (b"one", b"two"):
+                with context.wrap_socket(listener.accept()[0], server_side=True) as secure:
+                    secure.recv(65536)
+                    secure.sendall(HEAD + b"Content-Length: 3\r\n\r\n" + answer)
+                gone.set()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with client(unverified(), connections=1, timeout_s=10) as asking:
+            url = f"https://127.0.0.1:{listener.getsockname()[1]}/x"
+            assert asking.get(url).content == b"one"
+            assert gone.wait(10)
+            assert asking.get(url).content == b"two"
+        thread.join(20)
+
+
+def test_once_shut_down_nothing_is_asked_any_more(certificate: tuple[Path, Path]) -> None:
     transport = bulk.BulkTransport(unverified(), connections=1)
+    headers = {"Cookie": "c=1", "Range": "bytes=0-9"}
     with serving(CONTENT, certificate, cookie="c=1") as server, bulk.client(transport, timeout_s=10) as asking:
-        for expected in (1, 1, 2):
-            if expected == 2 and how == "left":
-                transport.shut_down()
-            elif expected == 2:
-                monkeypatch.setattr(bulk, "KEEP_ALIVE_S", -1.0)
-            if how == "left" and expected == 2:
-                with pytest.raises(httpx.TransportError):
-                    asking.get(f"https://127.0.0.1:{server.port}/", headers=headers)
-                break
-            assert asking.get(f"https://127.0.0.1:{server.port}/", headers=headers).content == CONTENT[:10]
-            assert server.connections == expected
+        assert asking.get(f"https://127.0.0.1:{server.port}/", headers=headers).content == CONTENT[:10]
+        transport.shut_down()
+        with pytest.raises(httpx.TransportError):
+            asking.get(f"https://127.0.0.1:{server.port}/", headers=headers)
 
 
 def test_between_two_requests_a_server_that_has_left_is_noticed(certificate: tuple[Path, Path]) -> None:
