@@ -238,7 +238,7 @@ def assert_no_markup_of_a_name(report: str, *, disks: int) -> None:
     assert html.count("<h1>") == 1
     assert not [tag for tag in ("<a ", "<img", "<em>", "<h2>", "<x>", "<b>", "<script") if tag in html]
     facts, images = (table.count("<tr>") for table in html.split("<table>")[1:])
-    assert (facts, images) == (9 + 2 * disks, 1 + disks)
+    assert (facts, images) == (10 + 2 * disks, 1 + disks)
 
 
 def test_a_list_has_one_line_a_vm_whatever_it_is_called(hostile):
