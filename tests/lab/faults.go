@@ -16,6 +16,9 @@
 //	                                       the next such task (of taskMethods) runs that long before it does its work
 //	{"merge_fails": 1}                     the next snapshot removal leaves its deltas: consolidationNeeded
 //	{"refuse_privilege": "Datastore.Browse"}   calls that need it answer NoPermission, /folder 403; see privileges
+//	{"hosts": "down"}                      until cleared, the ESXi hosts' own port: down: tickets name one where nobody
+//	                                       listens; strange: it shows another certificate than tickets name; unnamed:
+//	                                       tickets name none; busy: it answers 503
 //	{"clear": true}                        ends all of these first
 package main
 
@@ -46,6 +49,7 @@ type faultRequest struct {
 	DelayMethod     *delayMethod `json:"delay_method"`
 	TaskTakes       *delayMethod `json:"task_takes"`
 	RefusePrivilege string       `json:"refuse_privilege"`
+	Hosts           string       `json:"hosts"`
 }
 
 type delayMethod struct {
@@ -134,6 +138,7 @@ type faults struct {
 	delays     []*delay // of calls
 	lengths    []*delay // of tasks
 	refused    map[string]bool
+	hosts      string
 	taskFaults []*taskFault
 }
 
@@ -170,6 +175,9 @@ func (f *faults) set(r faultRequest) error {
 	if r.RefusePrivilege != "" {
 		f.refused[r.RefusePrivilege] = true
 	}
+	if r.Hosts != "" {
+		f.hosts = r.Hosts
+	}
 	if r.FailMethod != nil {
 		f.failMethod(*r.FailMethod, fault)
 	}
@@ -181,7 +189,7 @@ func (f *faults) set(r faultRequest) error {
 }
 
 func (f *faults) clear() {
-	f.noLogin, f.throttle = false, 0
+	f.noLogin, f.throttle, f.hosts = false, 0, ""
 	f.folder503, f.cut, f.stall, f.merge = countdown{}, countdown{}, countdown{}, countdown{}
 	f.refused, f.taskFaults = map[string]bool{}, nil
 	f.delays, f.lengths = nil, nil
@@ -192,6 +200,9 @@ func (f *faults) clear() {
 func (f *faults) check(r faultRequest) (types.BaseMethodFault, error) {
 	if _, known := privileges[r.RefusePrivilege]; !known && r.RefusePrivilege != "" {
 		return nil, fmt.Errorf("refuse_privilege: no privilege %q here", r.RefusePrivilege)
+	}
+	if r.Hosts != "" && !slices.Contains([]string{"down", "strange", "unnamed", "busy"}, r.Hosts) {
+		return nil, fmt.Errorf("hosts: no trouble %q here", r.Hosts)
 	}
 	if r.TaskTakes != nil && !slices.Contains(taskMethods, r.TaskTakes.Method) {
 		return nil, fmt.Errorf("task_takes: is for %v", taskMethods)
@@ -327,8 +338,15 @@ func (l *lab) guarded(method *simulator.Method) *types.ManagedObjectReference {
 	return &method.This
 }
 
+// atHosts is what is wrong with the ESXi hosts' own port; empty for nothing.
+func (f *faults) atHosts() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.hosts
+}
+
 // onFolder is the status with which a /folder request is refused, 0 for none.
-func (f *faults) onFolder() int {
+func (f *faults) onFolder(r *http.Request) int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, p := range folderPrivileges {
@@ -336,7 +354,7 @@ func (f *faults) onFolder() int {
 			return http.StatusForbidden
 		}
 	}
-	if f.folder503.take() {
+	if f.folder503.take() || f.hosts == "busy" && atHost(r) {
 		return http.StatusServiceUnavailable
 	}
 	return 0
