@@ -12,6 +12,7 @@ from tasks.images.target import open_target
 from tasks.models import ArrivalFormat
 from tasks.rate import RATE
 from tasks.steps import Meter
+from tasks.transports.bulk import Shared
 from tasks.transports.folder import FolderDisk, FolderReader
 from tasks.vsphere import tickets
 from tasks.vsphere.session import Session, borrow
@@ -58,13 +59,16 @@ def fetch(
         return Fetched(**result.model_dump(), road=reader.road, road_reason=reader.road_reason)
 
 
-def reader_of(source: FolderDisk, session: Session, *, depth: int | None = None) -> FolderReader:
-    """Return a reader with the session's cookie, and its tickets where hosts may be asked themselves."""
-    by_ticket = session.info.is_vcenter and source.connection.host_tickets
+def reader_of(
+    source: FolderDisk, session: Session, *, depth: int | None = None, by_ticket: bool = True
+) -> FolderReader:
+    """Return a reader with the session's cookie, trust and connections, and tickets where hosts may be asked."""
+    by_ticket = by_ticket and session.info.is_vcenter and source.connection.host_tickets
     return FolderReader(
         source,
         cookie=lambda: session.cookie,
         renew=session.renew,
         acquire=partial(tickets.acquire, session) if by_ticket else None,
+        shared=session.companion(Shared),
         depth=depth,
     )

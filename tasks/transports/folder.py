@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 import ssl
-import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NoReturn, Self
@@ -38,7 +37,7 @@ from tasks.errors import (
     UnsupportedDisk,
 )
 from tasks.models import SECTOR_BYTES, Connection, Extent, ServiceTicket, Value, VirtualDisk, VirtualMachine
-from tasks.reader import TransientFault, aligned_buffer
+from tasks.reader import TransientFault
 from tasks.transports import bulk
 from tasks.transports.host import HostRefuses, HostRoad
 
@@ -156,8 +155,8 @@ class FolderReader:
 
     cookie: returns the session's cookie (`vmware_soap_session="…"`). renew: given a cookie that was refused, returns
     one that lives; several threads may call it at once. acquire: returns a ticket for one GET of a URL of an ESXi host;
-    None where there are no tickets. Entering asks for one sector, and raises FileLocked, UnsupportedDisk,
-    PermissionMissing, SessionExpired or another ConnectionFailed.
+    None where there are no tickets. shared: what readers of this server share; None: it has its own. Entering asks for
+    one sector, and raises FileLocked, UnsupportedDisk, PermissionMissing, SessionExpired or another ConnectionFailed.
 
     A large file is asked for in a few requests of the host itself, with a ticket each; what is smaller, and all else
     once the host has refused, goes by the cookie. `road` is `host` or `folder` accordingly.
@@ -173,6 +172,7 @@ class FolderReader:
         cookie: Callable[[], str],
         renew: Callable[[str], str],
         acquire: Callable[[str], ServiceTicket] | None = None,
+        shared: bulk.Shared | None = None,
         depth: int | None = None,
         timeout_s: float = TIMEOUT_S,
         ticket_bytes: int = TICKET_BYTES,
@@ -186,33 +186,34 @@ class FolderReader:
         self._cookie, self._renew, self._acquire = cookie, renew, acquire
         self._ticket_bytes = ticket_bytes
         self._host: HostRoad | None = None
+        self._shared, self._own = shared, ExitStack()
         self._timeout_s = timeout_s
-        self._buffers = threading.local()
 
     def __enter__(self) -> Self:
-        context = tls.context_for(self._disk.connection)
-        self._transport = bulk.BulkTransport(context, connections=self.depth)
-        self._client = bulk.client(self._transport, timeout_s=self._timeout_s)
-        try:
+        with ExitStack() as stack:
+            if not self._shared:
+                self._shared = bulk.Shared(tls.context_for(self._disk.connection))
+                stack.callback(self._shared.close)
+            self._transport = bulk.BulkTransport(self._shared, connections=self.depth)
+            self._client = stack.enter_context(bulk.client(self._transport, timeout_s=self._timeout_s))
             self._probe()
-        except BaseException:
-            self._client.close()
-            raise
-        self._look_for_host()
+            self._look_for_host()
+            if self._host:
+                stack.callback(self._host.close)
+            self._own = stack.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
         try:
-            self._client.close()
-            if self._host:
-                self._host.close()
+            self._own.close()
         except (OSError, httpx.HTTPError) as error:
             _log.warning("closing a source failed source=%r error=%s", self.source, type(error).__name__)
 
     def stream(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
         """Yield the bytes of `extent` in order, by one request. Raises TransientFault, or as on entering."""
-        offset, buffer = extent.start, self._buffer()
-        with self._errors(), ExitStack() as stack:
+        assert self._shared
+        offset = extent.start
+        with self._errors(), self._shared.buffer(BUFFER_BYTES) as buffer, ExitStack() as stack:
             response = self._reply(extent, stack)
             _check_range(response, self._disk, extent)
             while offset < extent.end:
@@ -229,12 +230,6 @@ class FolderReader:
                     break
         if offset != extent.end:
             raise TransientFault(f"the reply ended at byte {offset} of {extent.end}")
-
-    def _buffer(self) -> memoryview:
-        """Return this thread's own buffer."""
-        if not hasattr(self._buffers, "mine"):
-            self._buffers.mine = aligned_buffer(BUFFER_BYTES)
-        return self._buffers.mine  # type: ignore[no-any-return]
 
     def interrupt(self) -> None:
         """Shut every connection down: what waits for one fails at once, with TransientFault."""

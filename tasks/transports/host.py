@@ -42,7 +42,8 @@ class HostRoad:
             context = tls.context_for(self._connection())
         except Hyper2KvmError as error:
             raise HostRefuses(error.cause) from error
-        self._transport = bulk.BulkTransport(context, connections=connections)
+        self._shared = bulk.Shared(context)
+        self._transport = bulk.BulkTransport(self._shared, connections=connections)
         self._client = bulk.client(self._transport, timeout_s=timeout_s)
 
     @contextmanager
@@ -69,6 +70,7 @@ class HostRoad:
 
     def close(self) -> None:
         self._client.close()
+        self._shared.close()
 
     def shut_down(self) -> None:
         """Wake every thread that waits for the host."""
