@@ -19,6 +19,11 @@
 //	{"hosts": "down"}                      until cleared, the ESXi hosts' own port: down: tickets name one where nobody
 //	                                       listens; strange: it shows another certificate than tickets name; unnamed:
 //	                                       tickets name none; busy: it answers 503
+//	{"cbt": {"page": 5, "star": "whole", "too_large": true, "wrong": "beyond"}}
+//	                                       until cleared, QueryChangedDiskAreas: areas in an answer; how it takes "*"
+//	                                       (allocated, whole, fail); areas that did not change among the others; areas
+//	                                       beyond the disk's end, or overlapping ones
+//	{"reset_cbt": true}                    every tracked disk forgets, and has changeIds of a new uuid from now on
 //	{"clear": true}                        ends all of these first
 package main
 
@@ -50,6 +55,8 @@ type faultRequest struct {
 	TaskTakes       *delayMethod `json:"task_takes"`
 	RefusePrivilege string       `json:"refuse_privilege"`
 	Hosts           string       `json:"hosts"`
+	CBT             *cbtTrouble  `json:"cbt"`
+	ResetCBT        bool         `json:"reset_cbt"`
 }
 
 type delayMethod struct {
@@ -139,6 +146,7 @@ type faults struct {
 	lengths    []*delay // of tasks
 	refused    map[string]bool
 	hosts      string
+	cbt        cbtTrouble
 	taskFaults []*taskFault
 }
 
@@ -178,6 +186,9 @@ func (f *faults) set(r faultRequest) error {
 	if r.Hosts != "" {
 		f.hosts = r.Hosts
 	}
+	if r.CBT != nil {
+		f.cbt = *r.CBT
+	}
 	if r.FailMethod != nil {
 		f.failMethod(*r.FailMethod, fault)
 	}
@@ -189,7 +200,7 @@ func (f *faults) set(r faultRequest) error {
 }
 
 func (f *faults) clear() {
-	f.noLogin, f.throttle, f.hosts = false, 0, ""
+	f.noLogin, f.throttle, f.hosts, f.cbt = false, 0, "", cbtTrouble{}
 	f.folder503, f.cut, f.stall, f.merge = countdown{}, countdown{}, countdown{}, countdown{}
 	f.refused, f.taskFaults = map[string]bool{}, nil
 	f.delays, f.lengths = nil, nil
@@ -203,6 +214,9 @@ func (f *faults) check(r faultRequest) (types.BaseMethodFault, error) {
 	}
 	if r.Hosts != "" && !slices.Contains([]string{"down", "strange", "unnamed", "busy"}, r.Hosts) {
 		return nil, fmt.Errorf("hosts: no trouble %q here", r.Hosts)
+	}
+	if err := r.CBT.check(); err != nil {
+		return nil, err
 	}
 	if r.TaskTakes != nil && !slices.Contains(taskMethods, r.TaskTakes.Method) {
 		return nil, fmt.Errorf("task_takes: is for %v", taskMethods)
@@ -336,6 +350,13 @@ func (l *lab) guarded(method *simulator.Method) *types.ManagedObjectReference {
 		return &s.Vm
 	}
 	return &method.This
+}
+
+// cbtTrouble is how answers about changed blocks are spoiled.
+func (f *faults) cbtTrouble() cbtTrouble {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.cbt
 }
 
 // atHosts is what is wrong with the ESXi hosts' own port; empty for nothing.
