@@ -220,7 +220,17 @@ class TransferInterrupted(Hyper2KvmError):
 class IntegrityMismatch(Hyper2KvmError):
     """{path} does not hold what was read from the source: {where}"""
 
-    remedy = "The copy was not given its final name; check the storage below it, then run again"
+    remedy = "{remedy}"
+
+    def __init__(
+        self,
+        *,
+        path: object,
+        where: str,
+        remedy: str = "The copy was not given its final name; check the storage below it, then run again",
+        **more: Any,
+    ) -> None:
+        super().__init__(path=path, where=where, remedy=remedy, **more)
 
 
 class JobLocked(Hyper2KvmError):

@@ -313,6 +313,42 @@ class DownloadManifest(Value):
     warnings: tuple[str, ...] = ()
 
 
+Verdict = Literal[
+    "equal", "content differs", "digests differ", "both differ", "manifest differs", "missing", "damaged", "in use"
+]
+
+
+class VerifiedFile(Value):
+    """What verifying says of one file of an export or a download.
+
+    `bytes_read`: the rest are holes. `wrong_leaves`: how many of its leaves are not as their digests say, None where
+    there are none to compare with; `first_wrong`: the first of them, those that touch made one.
+    """
+
+    path: str
+    format: ImageFormat | Literal["file"]
+    size_bytes: int
+    bytes_read: int = 0
+    read: ReadBack = "skipped"
+    wrong_leaves: int | None = None
+    first_wrong: tuple[Extent, ...] = ()
+    verdict: Verdict
+    detail: str = ""
+    remedy: str = ""
+
+
+class Verification(Value):
+    """What verifying a folder says. `made`: when its manifest was. `equal`: every file is as the manifest says."""
+
+    folder: Path
+    vm: str
+    moref: str
+    made: str
+    files: tuple[VerifiedFile, ...]
+    equal: bool
+    seconds: float
+
+
 # ── what an operator asks for ────────────────────────────────────────────────────────────────────────
 
 
@@ -490,6 +526,19 @@ class DownloadJob(JobOptions):
         "live deltas are not. Without it a VM that runs is refused, since its host locks the disks. No effect on one "
         "that is powered off.",
         examples=[True],
+    )
+
+
+class VerifyJob(BaseModel):
+    """Which copy to verify."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: Path = Field(
+        title="Folder",
+        description="Folder of one VM on the worker's machine, in which an export or a download has left its "
+        "manifest.json, such as /data/exports/production-web.",
+        examples=["/data/exports/production-web"],
     )
 
 
