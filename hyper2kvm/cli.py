@@ -81,6 +81,9 @@ def vsphere(
     concurrency: int = 3,
     fail_on_missing: Annotated[bool, Parameter(negative=())] = False,
     snapshot: Annotated[bool, Parameter(negative=())] = False,
+    against_source: Annotated[bool, Parameter(negative=())] = False,
+    sample: int = 64,
+    seed: int = 0,
     json: Annotated[bool, Parameter(negative=())] = False,
     debug: Annotated[bool, Parameter(negative=())] = False,
     vddk_libdir: Annotated[Path | None, Parameter(show=False)] = None,
@@ -94,7 +97,7 @@ def vsphere(
     vs_action
         export-vm, download-vm, verify or list-vms.
     vcenter
-        Name or address; host:port is understood. All but verify needs it, and an account.
+        Name or address; host:port is understood. verify needs it only with --against-source.
     username
         Account to log in with.
     password_file
@@ -141,6 +144,12 @@ def vsphere(
         With download-vm: fail where a disk's file that the configuration names is not there.
     snapshot
         With download-vm: freeze a running VM by a snapshot for the duration.
+    against_source
+        With verify: also read a random sample of each disk at the source, while it still holds what was copied.
+    sample
+        With --against-source: leaves of 256 KiB to read of each disk.
+    seed
+        With --against-source: of the sample, to read the same one again; 0 is another each time.
     json
         Print the result (or the error) as JSON on stdout.
     debug
@@ -185,7 +194,9 @@ def vsphere(
         if vs_action == "list-vms":
             return _list(what or "*", settings(), json=json)
         if vs_action == "verify":
-            return _verify(VerifyJob(folder=Path(_given("The folder", what, vs_action)).absolute()), json=json)
+            folder = Path(_given("The folder", what, vs_action)).absolute()
+            job = VerifyJob(folder=folder, against_source=against_source, sample=sample, seed=seed)
+            return _verify(job, settings() if against_source else None, json=json)
         actions = f"{', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}"
         if vs_action in LATER_ACTIONS:
             raise NotBuilt(what=f"--vs-action {vs_action}", instead=actions)
@@ -239,13 +250,13 @@ def _run_mode(options: ExportOptions, settings: Settings, *, json: bool) -> int:
     return 0
 
 
-def _verify(job: VerifyJob, *, json: bool) -> int:
+def _verify(job: VerifyJob, settings: Settings | None, *, json: bool) -> int:
     """Run a verification and print what it found, equal or not; the failure itself is told on stderr."""
 
     def flow() -> FlowCall[Verification]:
         from flows.verify import verify_copy
 
-        return partial(verify_copy, options=job)
+        return partial(verify_copy, options=job, vcenter=settings.vcenter() if settings else None)
 
     with nobody_at_work(job.folder):
         read_manifest(job.folder)  # what is no copy is refused before Prefect is loaded

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from tasks.errors import Hyper2KvmError
 from tasks.images.files import safe_name
-from tasks.images.prove import in_words, wrong_leaves
+from tasks.images.prove import in_words, sample_in_words, wrong_leaves
 from tasks.models import DiskImage, DownloadManifest, Manifest, Verification
 from tasks.text import one_line
 
@@ -144,8 +144,12 @@ def show_verification(found: Verification, console: Console) -> None:
         console.print(f"and {len(right) - FILES_SHOWN} more that are equal")
     for file in wrong:
         console.print(one_line(f"{file.path}: {in_words(file)}. {file.remedy}"))
+    if found.source:
+        console.print(one_line(f"At the source, {found.source.point}; seed {found.source.seed}:"))
+        for disk in found.source.disks:
+            console.print(one_line(f"  {disk.path}  {disk.source}: {sample_in_words(disk)}"))
     read = sum(file.bytes_read for file in found.files)
-    said = "all equal" if found.equal else f"{len(wrong)} of {len(found.files)} differ"
+    said = "all equal" if found.equal else f"{len(wrong)} of {len(found.files)} differ" if wrong else "not the source's"
     console.print(f"{read:,} bytes read in {found.seconds:.1f} s ({read / MIB / found.seconds:,.0f} MiB/s): {said}")
 
 

@@ -18,6 +18,7 @@
     ├── UnsupportedDisk              cannot be copied by this road: why, and which road can
     ├── FenceClosed                  the VM's own state forbids a snapshot now
     ├── SnapshotChanged              what is being read is no longer the point in time it was
+    ├── SourceChanged                the point in time of a copy is not at the source any more
     ├── FileLocked
     ├── FileMissing                  a file that the VM's configuration names, or that was there a moment ago
     ├── FileUnfit                    a file of the VM whose name or size cannot be taken as it is
@@ -191,6 +192,15 @@ class SnapshotChanged(Hyper2KvmError):
     """The snapshot {snapshot} of {vm} changed under the copy: {reason}"""
 
     remedy = "What was copied is discarded; find out who removed or consolidated it, then run again"
+
+
+class SourceChanged(Hyper2KvmError):
+    """The source no longer holds what was copied of {vm}: {reason}"""
+
+    remedy = (
+        "Verify without --against-source; to compare with the source later, export from a snapshot that you keep "
+        "(--vs-snapshot-moref), or leave the VM off"
+    )
 
 
 class FileLocked(Hyper2KvmError):

@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from tasks.errors import IntegrityMismatch
-from tasks.images.prove import Claim, in_words, prove, wrong_leaves
+from tasks.images.prove import AGAIN, Claim, in_words, prove, sample_in_words, wrong_leaves
 from tasks.models import Verification, VerifiedFile
 from tasks.steps import in_thread, metered, quietly
 from tasks.text import cell, one_line
@@ -41,11 +41,15 @@ async def tell(found: Verification) -> None:
 
 
 def refuse_unequal(found: Verification) -> None:
-    """Raise IntegrityMismatch, with what was found as its field `found`, unless every file is as the manifest says."""
+    """Raise IntegrityMismatch, with what was found as its field `found`, unless everything is equal."""
     wrong = [file for file in found.files if file.verdict != "equal"]
     if wrong:
         where = f"{len(wrong)} of {len(found.files)} files: {wrong[0].path}: {in_words(wrong[0])}"
         raise IntegrityMismatch(path=found.folder, where=where, remedy=wrong[0].remedy, found=found)
+    for disk in found.source.disks if found.source else ():
+        if disk.wrong:
+            where = f"{disk.path}: {sample_in_words(disk)}"
+            raise IntegrityMismatch(path=found.folder, where=where, remedy=AGAIN, found=found)
 
 
 def verification_report(found: Verification) -> str:
@@ -67,6 +71,7 @@ def verification_report(found: Verification) -> str:
         "| File | Format | Read | Wrong leaves | Verdict |",
         "| --- | --- | ---: | --- | --- |",
         *(_row(file) for file in (*wrong, *(file for file in found.files if file.verdict == "equal"))[:ROWS]),
+        *_sample(found),
         *(f"\n**{cell(file.path)}**: {cell(in_words(file))}. {cell(file.remedy)}" for file in wrong[:ROWS]),
     ]
     return "\n".join(lines)
@@ -77,3 +82,17 @@ def _row(file: VerifiedFile) -> str:
         f"| {cell(file.path)} | {file.format} | {file.bytes_read / MIB:,.1f} MiB | {wrong_leaves(file)} "
         f"| {file.verdict} |"
     )
+
+
+def _sample(found: Verification) -> list[str]:
+    """Return the table of what the source said, if it was asked."""
+    if not found.source:
+        return []
+    return [
+        "",
+        f"At the source, {cell(found.source.point)}; a random sample (seed {found.source.seed}) of each disk:",
+        "",
+        "| File | Source | Sample |",
+        "| --- | --- | --- |",
+        *(f"| {cell(disk.path)} | {cell(disk.source)} | {sample_in_words(disk)} |" for disk in found.source.disks),
+    ]

@@ -18,7 +18,17 @@ from tasks.images.digests import LEAF_BYTES, Digests, leaf_count
 from tasks.images.extents import whole_disk
 from tasks.images.layout import DiskFiles
 from tasks.images.verify import differing, read_back
-from tasks.models import DownloadManifest, Extent, ImageFormat, Manifest, ReadBack, Value, Verdict, VerifiedFile
+from tasks.models import (
+    DownloadManifest,
+    Extent,
+    ImageFormat,
+    Manifest,
+    ReadBack,
+    SampledDisk,
+    Value,
+    Verdict,
+    VerifiedFile,
+)
 
 RANGES_TOLD = 8
 
@@ -214,6 +224,13 @@ def in_words(file: VerifiedFile) -> str:
     """Return the verdict on a file, and what there is to say beyond it, on one line."""
     leaves = f"{_leaves(file)}, the first at byte {file.first_wrong[0].start}" if file.first_wrong else ""
     return ", ".join(filter(None, (file.verdict, leaves, file.detail)))
+
+
+def sample_in_words(disk: SampledDisk) -> str:
+    """Return what a sample of a disk at the source says, on one line."""
+    if not disk.wrong:
+        return f"{disk.leaves:,} leaves read, all equal"
+    return f"{len(disk.wrong)} of {disk.leaves:,} leaves differ, the first at byte {disk.wrong[0] * LEAF_BYTES}"
 
 
 def _leaves(file: VerifiedFile) -> str:

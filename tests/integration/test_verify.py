@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from tasks.images.digests import HEADER_BYTES, LEAF_BYTES, RECORD_BYTES
 from tasks.images.job import job_lock
 from tasks.models import Extent, Verification, VerifyJob
 from tests.labs import ROOT, running_lab
-from tests.runs import download, export
+from tests.runs import download, export, vcenter_of
 
 pytestmark = [pytest.mark.anyio, pytest.mark.live, pytest.mark.usefixtures("prefect_api")]
 
@@ -40,13 +43,24 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="module")
-async def originals(prefect_api, tmp_path_factory) -> Path:
-    """One VM as qcow2, the same as raw, and a download: `qcow2/web`, `raw/web`, `files/off`."""
-    top = tmp_path_factory.mktemp("copies")
+def site():
     with running_lab(scenario=SITE) as lab:
-        await export(lab, top / "qcow2", "web")
-        await export(lab, top / "raw", "web", format="raw")
-        await download(lab, top / "files", "off")
+        yield lab
+
+
+@pytest.fixture(scope="module")
+async def originals(prefect_api, site, tmp_path_factory) -> Path:
+    """A running VM as qcow2, from a snapshot that is kept, and as raw; one that is off, exported and downloaded.
+
+    `qcow2/web`, `raw/web`, `qcow2/off`, `files/off`.
+    """
+    top = tmp_path_factory.mktemp("copies")
+    site.govc("snapshot.create", "-vm", site.vm("web")["path"], "-m=false", "kept")
+    kept = re.findall(r"snapshot-\d+", site.govc("snapshot.tree", "-i", "-vm", site.vm("web")["path"]))[0]
+    await export(site, top / "qcow2", "web", snapshot_moref=kept)
+    await export(site, top / "raw", "web", format="raw", snapshot_moref=kept)
+    await export(site, top / "qcow2", "off")
+    await download(site, top / "files", "off")
     return top
 
 
@@ -161,13 +175,87 @@ async def test_a_copy_that_cannot_be_written_to_is_verified_and_stays_as_it_was(
     }
 
 
+# ── against the source ───────────────────────────────────────────────────────────────────────────────
+
+
+async def sampled(lab, folder: Path, **options) -> Verification:
+    job = VerifyJob(folder=folder, against_source=True, **options)
+    return await verify_copy(options=job, vcenter=vcenter_of(lab))
+
+
+async def test_a_snapshot_that_is_kept_is_sampled_by_a_seed_that_is_told(originals, site):
+    found = await sampled(site, originals / "qcow2" / "web", sample=5)
+    assert found.equal
+    assert found.source and found.source.seed > 0
+    assert "the snapshot kept" in found.source.point
+    assert [(disk.leaves, disk.wrong) for disk in found.source.disks] == [(5, ()), (5, ())]
+    assert site.stats()["live_sessions"] == 0
+
+
+async def test_a_vm_that_is_off_is_sampled_while_nobody_writes_to_its_disks(originals, site):
+    folder, flat = originals / "qcow2" / "off", flat_of(site, "off")
+    found = await sampled(site, folder, seed=7)
+    assert (found.equal, found.source.seed) == (True, 7)
+    assert "the VM is off" in found.source.point
+    times = flat.stat()
+    with spoiled(flat, 2 * LEAF_BYTES):
+        os.utime(flat, ns=(times.st_atime_ns, times.st_mtime_ns))
+        with pytest.raises(
+            errors.IntegrityMismatch, match=f"24 leaves differ, the first at byte {2 * LEAF_BYTES}"
+        ) as raised:
+            await sampled(site, folder)
+    assert raised.value.found.source.disks[0].wrong == (2,)
+    with pytest.raises(errors.SourceChanged, match="was written to at"):
+        await sampled(site, folder)  # the bit was turned back since
+
+
+async def test_a_snapshot_that_is_gone_is_refused_with_what_to_do(originals, site, copies):
+    folder = copies / "raw" / "web"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["snapshot"]["moref"] = "snapshot-9999"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        errors.SourceChanged, match=r"its snapshot kept is gone, and it is not powered off.*snapshot-moref"
+    ):
+        await sampled(site, folder)
+
+
+async def test_a_copy_that_differs_is_not_held_against_the_source(copies, site):
+    flip(copies / "raw" / "web" / "disk-0.raw", 0)
+    site.post("/stats/reset")
+    with pytest.raises(errors.IntegrityMismatch, match=r"disk-0\.raw: content differs"):
+        await sampled(site, copies / "raw" / "web")
+    assert site.stats()["soap_total"] == 0
+
+
+async def test_a_download_and_a_missing_vcenter_are_refused_before_anything_is_read(originals, site):
+    with pytest.raises(errors.InvalidInput, match="Run download-vm again"):
+        await sampled(site, originals / "files" / "off")
+    with pytest.raises(errors.InvalidInput, match="comparing with the source needs it"):
+        await verify_copy(options=VerifyJob(folder=originals / "raw" / "web", against_source=True))
+
+
+def flat_of(lab, name: str) -> Path:
+    return Path(lab.state_dir) / "datastore1" / name / f"{name}-flat.vmdk"
+
+
+@contextmanager
+def spoiled(path: Path, offset: int) -> Iterator[None]:
+    """Have one bit of a file turned over for the block."""
+    flip(path, offset)
+    try:
+        yield
+    finally:
+        flip(path, offset)
+
+
 # ── the command line ─────────────────────────────────────────────────────────────────────────────────
 
 
-def run_verify(*words: str) -> subprocess.CompletedProcess[str]:
+def run_verify(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     from prefect.settings import PREFECT_API_URL
 
-    env = os.environ | {"PREFECT_API_URL": PREFECT_API_URL.value()}
+    env = os.environ | {"PREFECT_API_URL": PREFECT_API_URL.value(), **env}
     argv = [sys.executable, "-m", "hyper2kvm", "vsphere", "--vs-action", "verify", *words]
     return subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
 
@@ -205,9 +293,22 @@ def test_json_has_the_same_and_the_name_of_the_error(copies):
     assert said["files"][0]["first_wrong"] == [{"start": 0, "length": LEAF_BYTES}]
 
 
+def test_against_the_source_it_says_what_it_read_there_and_by_which_seed(originals, site):
+    where = ["--vcenter", site.address, "--username", site.username]
+    done = run_verify(
+        str(originals / "qcow2" / "web"), "--against-source", "--seed", "42", *where, **site.environment()
+    )
+    assert done.returncode == 0, done.stderr
+    assert "At the source, the snapshot kept" in done.stdout
+    assert "seed 42" in done.stdout
+    assert "disk-0.qcow2  [datastore1] web/web.vmdk: 24 leaves read, all equal" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "cause"),
     [
+        (["/usr", "--against-source"], "--vcenter: verify needs it"),
+        (["/usr", "--sample", "0"], "sample: Input should be greater than or equal to 1"),
         ([], "The folder: verify needs it"),
         (["/nowhere"], "there is no such folder"),
         (["/usr"], "there is none"),
