@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from flows.verify import verify_copy
+from hyper2kvm.client import VMwareClient
 from tasks import errors
 from tasks.images.digests import HEADER_BYTES, LEAF_BYTES, RECORD_BYTES
 from tasks.images.job import job_lock
@@ -302,6 +303,15 @@ def test_against_the_source_it_says_what_it_read_there_and_by_which_seed(origina
     assert "At the source, the snapshot kept" in done.stdout
     assert "seed 42" in done.stdout
     assert "disk-0.qcow2  [datastore1] web/web.vmdk: 24 leaves read, all equal" in done.stdout
+
+
+async def test_from_python_it_is_a_method_of_the_client(originals, site, copies):
+    client = VMwareClient(host=site.address, user=site.username, pwd=site.password, ca_file=str(site.ca_file))
+    job = VerifyJob(folder=originals / "qcow2" / "web", against_source=True, sample=1)
+    assert (await client.async_verify(job)).source
+    (copies / "raw" / "web" / "disk-0.raw").unlink()
+    with pytest.raises(errors.IntegrityMismatch, match="missing"):
+        await client.async_verify(VerifyJob(folder=copies / "raw" / "web"))
 
 
 @pytest.mark.parametrize(
