@@ -32,6 +32,7 @@ from tasks.text import one_line
 LATER_ACTIONS = ("vddk-export", "cbt-sync", "preflight", "boot-check")
 MODES = {"export-vm": "export", "download-vm": "download_only"}
 ACTIONS = (*MODES, "verify", "list-vms")
+STOPPING = "Stopping: the transfer ends, then the snapshot is removed"
 INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
 
 T = TypeVar("T")
@@ -262,7 +263,7 @@ def _verify(job: VerifyJob, settings: Settings | None, *, json: bool) -> int:
         read_manifest(job.folder)  # what is no copy is refused before Prefect is loaded
     failure: IntegrityMismatch | None = None
     try:
-        found = _shown(flow)
+        found = _shown(flow, stopping="Stopping: nothing was changed")
     except IntegrityMismatch as error:
         failure, found = error, error.found
     if json:
@@ -275,7 +276,7 @@ def _verify(job: VerifyJob, settings: Settings | None, *, json: bool) -> int:
     return failure.exit_status if failure else 0
 
 
-def _shown(flow: Callable[[], FlowCall[T]]) -> T:
+def _shown(flow: Callable[[], FlowCall[T]], *, stopping: str = STOPPING) -> T:
     """Load Prefect, run the flow that `flow` then returns, with its meters and lines shown, and return its result."""
     with Board(stderr()) as board:
         board.say("Loading Prefect")
@@ -286,11 +287,13 @@ def _shown(flow: Callable[[], FlowCall[T]]) -> T:
             METER_LISTENER.set(board.listen)
             return await run_flow(flow(), say=board.say)
 
-        return _run(run(), say=board.say)
+        return _run(run(), say=board.say, stopping=stopping)
 
 
-def _run(work: Coroutine[Any, Any, T], *, say: Callable[[str], None]) -> T:
+def _run(work: Coroutine[Any, Any, T], *, say: Callable[[str], None], stopping: str = STOPPING) -> T:
     """Run a coroutine; the first SIGINT or SIGTERM cancels it, and it is let clean up, however often they come.
+
+    stopping: what is said then.
 
     It runs in a thread of its own: in the main one Prefect puts a handler of its own in place of ours.
     """
@@ -304,7 +307,7 @@ def _run(work: Coroutine[Any, Any, T], *, say: Callable[[str], None]) -> T:
     def stop(*_: object) -> None:
         loop, task = ready.result()
         if not (task.done() or task.cancelling()):
-            say("Stopping: the transfer ends, then the snapshot is removed")
+            say(stopping)
             loop.call_soon_threadsafe(task.cancel)
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="flow") as pool:
