@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from tasks.errors import OutputExists
 from tasks.images.digests import LEAF_BYTES, Digests, record_of
-from tasks.images.files import part_of, publish, sync, write_atomically
+from tasks.images.files import BLOCK_BYTES, naming_full_disk, part_of, publish, sync, write_atomically
 from tasks.images.job import LOCK
 from tasks.images.layout import DiskFiles
 from tasks.images.manifest import MANIFEST
@@ -136,7 +136,8 @@ def land_files(folder: Path, manifest: DownloadManifest, known: Mapping[str, Dow
 
 
 def _name(part: Path, final: Path, file: DownloadedFile, *, ours: bool) -> None:
-    final.parent.mkdir(parents=True, exist_ok=True)
+    with naming_full_disk(final, need=BLOCK_BYTES):
+        final.parent.mkdir(parents=True, exist_ok=True)
     if file.modified:
         os.utime(part, (_time_of(file), _time_of(file)))
     if ours and final.is_file() and not final.is_symlink():

@@ -40,10 +40,14 @@ def downloaded(name: str, scratch: Path) -> DownloadedFile:
     )
 
 
+def download_of(scratch: Path) -> DownloadManifest:
+    files = tuple(downloaded(name, scratch / "scratch") for name in NAMES)
+    return DownloadManifest(vcenter_uuid="v", vm=VM, snapshot=None, files=files, consistent=True, created="now")
+
+
 @pytest.fixture
 def manifest(tmp_path: Path) -> DownloadManifest:
-    files = tuple(downloaded(name, tmp_path / "scratch") for name in NAMES)
-    return DownloadManifest(vcenter_uuid="v", vm=VM, snapshot=None, files=files, consistent=True, created="now")
+    return download_of(tmp_path)
 
 
 def arrived(folder: Path, manifest: DownloadManifest) -> Path:
