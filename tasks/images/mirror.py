@@ -32,6 +32,12 @@ def parts_of(folder: Path, file: DatastoreFile) -> DiskFiles:
     return DiskFiles(folder / PARTS, int.from_bytes(blake3(file.path.encode()).digest(length=6)))
 
 
+def begin(folder: Path) -> None:
+    """Make the folder that files arrive in, if it is missing. Raises DiskFull."""
+    with naming_full_disk(folder / PARTS, need=BLOCK_BYTES):
+        (folder / PARTS).mkdir(exist_ok=True)
+
+
 def known_files(folder: Path, *, vcenter_uuid: str, vm: VirtualMachine) -> dict[str, DownloadedFile]:
     """Return by path what earlier runs have downloaded of this VM into `folder`.
 

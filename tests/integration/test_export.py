@@ -36,7 +36,6 @@ TWO_SITES = {
                 {"name": "twin", "folder": "a", "disks": [{"size": "1MiB"}]},
                 {"name": "twin", "folder": "b", "disks": [{"size": "1MiB"}]},
                 {"name": "bare", "disks": []},
-                {"name": "thick", "disks": [{"size": "8MiB", "thin": False}]},
                 {"name": "stubborn", "quiesce": "fail", "disks": [{"size": "1MiB"}]},
                 {"name": "kept out", "disks": [{"size": "1MiB"}, {"size": "1MiB", "mode": "independent_persistent"}]},
             ],
@@ -345,14 +344,6 @@ def small(tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], check=True)
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
-
-
-async def test_a_thick_disk_without_room_is_refused_before_the_first_byte(sites, small):
-    sites.post("/stats/reset")
-    with pytest.raises(errors.DiskFull, match="not enough room"):
-        await export(sites, small, "thick")
-    assert sites.stats()["bytes_served"] == 0
-    assert_nothing_left(sites)
 
 
 async def test_a_thin_disk_that_fills_the_target_is_named_and_leaves_nothing(lab, small):
