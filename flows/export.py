@@ -11,13 +11,13 @@ from blocks import VCenter
 from tasks.convert import land
 from tasks.disks import copyable_disks
 from tasks.images.files import allocated_bytes
-from tasks.images.output import DiskFiles, refuse_existing
+from tasks.images.output import DiskFiles, give_up, refuse_existing
 from tasks.images.state import JobState, discard, read_state, write_state
 from tasks.job import Job, job_at_work
 from tasks.models import ExportJob, Manifest
 from tasks.probe import probe
 from tasks.report import commit, manifest_of
-from tasks.snapshot import check_snapshot, drop_snapshot, point_in_time
+from tasks.snapshot import check_snapshot, drop_snapshot, kept_if_interrupted, point_in_time
 from tasks.steps import check_room, side_by_side
 from tasks.succession import clean_up
 from tasks.transfer import transfer
@@ -55,8 +55,8 @@ async def _arrived(vcenter: VCenter, job: Job, options: ExportJob) -> JobState:
     if state and state.all_arrived:
         await drop_snapshot(vcenter, vm, name)
         return state
-    before, give_up = state.snapshot if state else None, partial(discard, folder)
-    async with point_in_time(vcenter, vm, options, name=name, before=before, give_up=give_up) as snapshot:
+    before, forget = state.snapshot if state else None, partial(discard, folder)
+    async with point_in_time(vcenter, vm, options, name=name, before=before, give_up=forget) as snapshot:
         disks = await copyable_disks(vcenter, job.server, vm, snapshot)
         arriving = options.arrival_format
         parts = {disk: DiskFiles(folder, disk.index) for disk in disks}
@@ -76,7 +76,8 @@ async def _arrived(vcenter: VCenter, job: Job, options: ExportJob) -> JobState:
 async def _landed(vcenter: VCenter, state: JobState, folder: Path, options: ExportJob) -> Manifest:
     """Return the manifest of a job whose disks have arrived, once they have their final names."""
     calls = [partial(land, state.vm, each, DiskFiles(folder, each.disk.index), options) for each in state.arrivals]
-    images = await side_by_side(calls, at_once=options.parallel_disks)
+    with kept_if_interrupted(partial(give_up, folder)):
+        images = await side_by_side(calls, at_once=options.parallel_disks)
     manifest = manifest_of(vcenter, state, tuple(images), options)
     await commit(manifest, folder)
     return manifest
