@@ -11,7 +11,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 APT := qemu-utils util-linux $(shell python3 -c 'import venv, ensurepip' 2>/dev/null || echo python3-venv)
 APT_TEST := libvirt-clients openssl procps curl e2fsprogs mount
 APT_E2E := chromium
-APT_BENCH := nginx-light libnbd-bin
+APT_BENCH := nginx-light libnbd-bin nbdkit
 
 .PHONY: help setup setup-test setup-e2e demo test lint format e2e soak bench lab up down clean constraints cassettes
 

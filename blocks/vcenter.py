@@ -8,7 +8,7 @@ from prefect.blocks.core import Block
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from tasks.errors import InvalidInput
-from tasks.models import OptionalText, normalise_thumbprint, split_address
+from tasks.models import CONNECTIONS, OptionalText, normalise_thumbprint, split_address
 
 
 class VCenter(Block):
@@ -59,6 +59,21 @@ class VCenter(Block):
         default=True,
         title="Verify the certificate",
         description="Off: anybody in between can read the password and change the disks.",
+        examples=[True],
+    )
+    connections: int = Field(
+        default=CONNECTIONS,
+        title="Connections a disk",
+        description="HTTPS connections that a disk or file is read over. More help where the network is long.",
+        examples=[CONNECTIONS],
+        ge=1,
+        le=32,
+    )
+    host_tickets: bool = Field(
+        default=True,
+        title="Read from the hosts themselves",
+        description="Files of 1 GiB and more come from the VM's ESXi host, where it can be reached on port 443, "
+        "by tickets of the vCenter. All else, and everything if off, comes through the vCenter.",
         examples=[True],
     )
 

@@ -24,7 +24,7 @@ from hyper2kvm import __version__
 from hyper2kvm.settings import Settings, password_from
 from hyper2kvm.terminal import Board, show_error, stderr, summary
 from tasks.errors import Hyper2KvmError, InvalidInput, NotBuilt
-from tasks.models import DownloadManifest, ExportOptions, Manifest
+from tasks.models import CONNECTIONS, DownloadManifest, ExportOptions, Manifest
 from tasks.text import one_line
 
 LATER_ACTIONS = ("vddk-export", "cbt-sync", "preflight", "verify", "boot-check")
@@ -66,6 +66,8 @@ def vsphere(
     compression: str = "none",
     transport: str = "auto",
     limit_rate: str = "",
+    connections: int = CONNECTIONS,
+    no_host_tickets: Annotated[bool, Parameter(negative=())] = False,
     quiesce: Annotated[bool, Parameter(negative=())] = False,
     allow_crash_consistent: Annotated[bool, Parameter(negative=())] = False,
     vs_snapshot_moref: str | None = None,
@@ -115,6 +117,10 @@ def vsphere(
         Road of the disks' bytes: auto or folder.
     limit_rate
         Bytes a second that the whole run takes at most, such as 60MiB.
+    connections
+        HTTPS connections that a disk or file is read over.
+    no_host_tickets
+        Read everything through the vCenter, large files too.
     quiesce
         Have VMware Tools flush the guest's file systems before the snapshot.
     allow_crash_consistent
@@ -171,6 +177,8 @@ def vsphere(
             ca_file=ca_file,
             thumbprint=thumbprint,
             verify=not no_verify,
+            connections=connections,
+            host_tickets=not no_host_tickets,
         )
 
     def act() -> int:

@@ -9,7 +9,7 @@ from pydantic import SecretStr
 
 from flows.run import flow_of, run_flow
 from hyper2kvm.settings import Settings, password_from
-from tasks.models import DownloadManifest, ExportOptions, Manifest
+from tasks.models import CONNECTIONS, DownloadManifest, ExportOptions, Manifest
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ class VMwareClient:
         ca_file: str | None = None,
         thumbprint: str | None = None,
         verify: bool = True,
+        connections: int = CONNECTIONS,
+        host_tickets: bool = True,
     ) -> None:
         """Keep the settings. Raises InvalidInput where no password is given, set or asked for."""
         password = SecretStr(pwd) if pwd else password_from(None, username=user, host=host)
@@ -45,6 +47,8 @@ class VMwareClient:
             ca_file=ca_file,
             thumbprint=thumbprint,
             verify=verify,
+            connections=connections,
+            host_tickets=host_tickets,
         )
 
     async def async_export_vm(self, options: ExportOptions) -> Manifest | DownloadManifest:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import SecretStr
 
 from tasks.errors import InvalidInput
-from tasks.models import Connection, Trust, split_address
+from tasks.models import CONNECTIONS, Connection, Trust, split_address
 
 if TYPE_CHECKING:
     from blocks import VCenter
@@ -32,13 +32,21 @@ class Settings:
     ca_file: str | None = None
     thumbprint: str | None = None
     verify: bool = True
+    connections: int = CONNECTIONS
+    host_tickets: bool = True
 
     def connection(self) -> Connection:
         """Return the plain value, without loading Prefect. Raises InvalidInput."""
         host, port = split_address(self.host)
         trust = Trust(ca_pem=self._ca_bundle(), thumbprint=self._thumbprint(), verify=self.verify)
         return Connection(
-            host=host, port=self.port or port or 443, username=self.username, password=self.password, trust=trust
+            host=host,
+            port=self.port or port or 443,
+            username=self.username,
+            password=self.password,
+            trust=trust,
+            connections=self.connections,
+            host_tickets=self.host_tickets,
         )
 
     def vcenter(self) -> VCenter:
@@ -54,6 +62,8 @@ class Settings:
             ca_bundle=connection.trust.ca_pem,
             thumbprint=connection.trust.thumbprint,
             verify=connection.trust.verify,
+            connections=connection.connections,
+            host_tickets=connection.host_tickets,
         )
 
     def _ca_bundle(self) -> str | None:

@@ -116,6 +116,7 @@ def _image(arrived: Arrival, image_format: ImageFormat, verified: ReadBack, *, c
         digest=arrived.digest,
         bytes_transferred=arrived.bytes_transferred,
         road=arrived.road,
+        road_reason=arrived.road_reason,
         converted=converted,
         verified=verified,
         seconds=arrived.seconds,

@@ -12,8 +12,7 @@ from prefect.logging import get_run_logger
 
 from blocks import VCenter
 from tasks.errors import FileMissing
-from tasks.fetch import fetch
-from tasks.images.copy import CopyResult
+from tasks.fetch import Fetched, fetch
 from tasks.images.digests import Digests
 from tasks.images.layout import DiskFiles
 from tasks.images.mirror import parts_of, still_here
@@ -29,7 +28,7 @@ from tasks.models import (
     VirtualMachine,
 )
 from tasks.steps import Meter, connection_of, in_thread, metered
-from tasks.transports.folder import FolderFile, FolderReader
+from tasks.transports.folder import FolderFile
 
 
 class Place(Value):
@@ -89,14 +88,16 @@ async def download(vcenter: VCenter, place: Place, wanted: Wanted) -> Downloaded
             return None
     seconds = time.monotonic() - started
     get_run_logger().info(
-        "downloaded vm=%s path=%r bytes=%d seconds=%.1f", place.vm.moref, file.path, result.bytes_transferred, seconds
+        "downloaded vm=%s path=%r bytes=%d seconds=%.1f road=%s reason=%r",
+        *(place.vm.moref, file.path, result.bytes_transferred, seconds, result.road, result.road_reason),
     )
     return DownloadedFile(
         **file.model_dump(),
         digest=result.digest,
         point=place.point,
         bytes_transferred=result.bytes_transferred,
-        road=FolderReader.road,
+        road=result.road,
+        road_reason=result.road_reason,
         verified=verified,
         seconds=seconds,
     )
@@ -111,7 +112,7 @@ def _unchanged(place: Place, file: DatastoreFile, known: DownloadedFile, stop: t
 
 def _fetched(
     connection: Connection, place: Place, file: DatastoreFile, meter: Meter, stop: threading.Event
-) -> tuple[CopyResult, ReadBack]:
+) -> tuple[Fetched, ReadBack]:
     parts = parts_of(place.folder, file)
     if file.size_bytes == 0:
         return _empty(parts), "direct"
@@ -122,17 +123,21 @@ def _fetched(
 
 def _copied(
     connection: Connection, place: Place, file: DatastoreFile, parts: DiskFiles, meter: Meter, stop: threading.Event
-) -> CopyResult:
+) -> Fetched:
     source = FolderFile(
         connection=connection,
         datacenter_path=place.vm.datacenter_path,
         datastore_path=file.datastore_path,
         capacity_bytes=file.size_bytes,
+        host_name=place.vm.host_name,
     )
     return fetch(source, parts, binding=place.binding(file), meter=meter, stop=stop)
 
 
-def _empty(parts: DiskFiles) -> CopyResult:
+def _empty(parts: DiskFiles) -> Fetched:
     """Make the part of a file without a byte, for which there is nothing to ask."""
     with RawWriter.create(parts.raw_part, size=0), Digests.create(parts.digests_part, size=0) as digests:
-        return CopyResult(bytes_transferred=0, bytes_written=0, seconds=0.0, digest=digests.image_digest())
+        digest = digests.image_digest()
+    return Fetched(
+        bytes_transferred=0, bytes_written=0, seconds=0.0, digest=digest, road="none", road_reason="no byte in it"
+    )

@@ -9,9 +9,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from blocks import VCenter
+from tasks.fetch import reader_of
 from tasks.models import Connection, VirtualDisk, VirtualMachine
 from tasks.steps import connection_of, in_thread
-from tasks.transports.folder import FolderDisk, FolderReader
+from tasks.transports.folder import FolderDisk
 from tasks.vsphere.session import borrow
 
 
@@ -32,5 +33,5 @@ def _probe(connection: Connection, vm: VirtualMachine, disks: tuple[VirtualDisk,
             if stop.is_set():
                 return
             source = FolderDisk.of(disk, vm=vm, connection=connection)
-            with FolderReader(source, cookie=lambda: session.cookie, renew=session.renew, depth=1):
+            with reader_of(source, session, depth=1, by_ticket=False):
                 pass  # entering reads the sector

@@ -34,7 +34,8 @@ class Reader(Protocol):
 
     size: capacity in bytes. depth: how many threads may call `stream` at once.
     preferred_extent_bytes: how much to ask for in one `stream`; a multiple of 256 KiB.
-    road: the name of the road taken, for logs and manifest. source: what is read, for messages.
+    road: the name of the road taken, road_reason: why that one, for logs and manifest; both may change until the end.
+    source: what is read, for messages.
     Entering raises a class of `tasks.errors` where the disk cannot be read: before the first byte, by name.
     """
 
@@ -42,6 +43,7 @@ class Reader(Protocol):
     depth: int
     preferred_extent_bytes: int
     road: str
+    road_reason: str
     source: str
 
     def __enter__(self) -> Self: ...

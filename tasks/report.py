@@ -86,6 +86,7 @@ def markdown(manifest: Manifest, folder: Path) -> str:
         "| ---: | --- | ---: | ---: | ---: | --- | --- |",
         *(_row(image) for image in manifest.disks),
         "",
+        *(f"Road of disk {image.index}: {image.road}. {cell(image.road_reason)}\n" for image in manifest.disks),
         f"Manifest: `{MANIFEST}`, {manifest.created}",
     ]
     return "\n".join(lines)

@@ -40,7 +40,13 @@ def connection_of(vcenter: VCenter) -> Connection:
     """Return the plain value that the rooms below understand."""
     trust = Trust(ca_pem=vcenter.ca_bundle or None, thumbprint=vcenter.thumbprint, verify=vcenter.verify)
     return Connection(
-        host=vcenter.host, port=vcenter.port, username=vcenter.username, password=vcenter.password, trust=trust
+        host=vcenter.host,
+        port=vcenter.port,
+        username=vcenter.username,
+        password=vcenter.password,
+        trust=trust,
+        connections=vcenter.connections,
+        host_tickets=vcenter.host_tickets,
     )
 
 

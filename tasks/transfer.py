@@ -10,8 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from blocks import VCenter
-from tasks.fetch import fetch
-from tasks.images.copy import CopyResult
+from tasks.fetch import Fetched, fetch
 from tasks.images.output import DiskFiles
 from tasks.images.state import JobState
 from tasks.models import Arrival, ArrivalFormat, Connection, VirtualDisk
@@ -34,14 +33,16 @@ async def transfer(
         result = await in_thread(_copy, stop, connection_of(vcenter), job, disk, files, arrival_format, meter, stop)
     seconds = time.monotonic() - started
     get_run_logger().info(
-        "transferred vm=%s disk=%d bytes=%d seconds=%.1f", job.vm.moref, disk.index, result.bytes_transferred, seconds
+        "transferred vm=%s disk=%d bytes=%d seconds=%.1f road=%s reason=%r",
+        *(job.vm.moref, disk.index, result.bytes_transferred, seconds, result.road, result.road_reason),
     )
     return Arrival(
         disk=disk,
         format=arrival_format,
         digest=result.digest,
         bytes_transferred=result.bytes_transferred,
-        road="folder",
+        road=result.road,
+        road_reason=result.road_reason,
         seconds=seconds,
     )
 
@@ -54,7 +55,7 @@ def _copy(
     arrival_format: ArrivalFormat,
     meter: Meter,
     stop: threading.Event,
-) -> CopyResult:
+) -> Fetched:
     source = FolderDisk.of(disk, vm=job.vm, connection=connection)
     return fetch(source, files, binding=_binding(job, disk), format=arrival_format, meter=meter, stop=stop)
 

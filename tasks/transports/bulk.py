@@ -22,11 +22,16 @@ from typing import TypeVar
 import h11
 import httpx
 
+from tasks.reader import aligned_buffer
+
 RECEIVE_BYTES = 1024 * 1024
 RECORD_BYTES = 16 * 1024  # of plain text in one TLS record, at most: RFC 8446, section 5.1
 KEEP_ALIVE_S = 5.0  # httpx's own default
 READ_INTO = "read_into"  # among a reply's extensions: `(memoryview) -> int`, how much of it was filled; 0 at the end
 
+MOST_IDLE = 16  # connections
+
+Server = tuple[str, int]  # host and port
 T = TypeVar("T")
 
 
@@ -40,16 +45,74 @@ def client(transport: BulkTransport, *, timeout_s: float) -> httpx.Client:
     )
 
 
+class Shared:
+    """What those share who ask one server: its trust, connections kept alive from one to the next, buffers.
+
+    Safe to use from several threads. Who made it closes it.
+    """
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self.context = context
+        self._idle: list[tuple[Server, float, BulkStream]] = []
+        self._buffers: list[memoryview] = []
+        self._lock, self._closed = threading.Lock(), False
+
+    def connection(self, server: Server, timeout_s: float | None) -> BulkStream:
+        """Return a connection to `server` that nobody else uses. Raises httpx.ConnectTimeout, ConnectError."""
+        while kept := self._last_used(server):
+            used_at, stream = kept
+            if time.monotonic() - used_at <= KEEP_ALIVE_S and not stream.has_something():
+                return stream
+            stream.close()
+        return BulkStream.connect(server, self.context, timeout_s)
+
+    def keep(self, server: Server, stream: BulkStream) -> None:
+        """Take back a connection whose last reply was read to its end."""
+        with self._lock:
+            if not self._closed and len(self._idle) < MOST_IDLE:
+                self._idle.append((server, time.monotonic(), stream))
+                return
+        stream.close()
+
+    @contextmanager
+    def buffer(self, length: int) -> Iterator[memoryview]:
+        """Lend memory that begins on a page for the block: what was lent before, where its length is the same."""
+        with self._lock:
+            mine = self._buffers.pop() if self._buffers else memoryview(b"")
+        if len(mine) != length:
+            mine = aligned_buffer(length)
+        try:
+            yield mine
+        finally:
+            with self._lock:
+                self._buffers.append(mine)
+
+    def close(self) -> None:
+        """Close what is idle, and from now on what comes back."""
+        with self._lock:
+            self._closed, idle = True, self._idle
+            self._idle = []
+        for _, _, stream in idle:
+            stream.close()
+
+    def _last_used(self, server: Server) -> tuple[float, BulkStream] | None:
+        with self._lock:
+            for at in reversed(range(len(self._idle))):
+                if self._idle[at][0] == server:
+                    return self._idle.pop(at)[1:]
+        return None
+
+
 class BulkTransport(httpx.BaseTransport):
-    """At most `connections` connections, each used by one thread at a time; those of the last requests are kept alive.
+    """At most `connections` connections at once, each used by one thread at a time and then left to `shared`.
 
     A reply's `extensions["read_into"]` fills a buffer with the body: what a bulk reader wants. Iterating over the reply
     works as ever.
     """
 
-    def __init__(self, context: ssl.SSLContext, *, connections: int) -> None:
-        self._all = [_Connection(context) for _ in range(connections)]
-        self._free: LifoQueue[_Connection] = LifoQueue()  # the last one used first: the fewest connections
+    def __init__(self, shared: Shared, *, connections: int) -> None:
+        self._all = [_Connection(shared) for _ in range(connections)]
+        self._free: LifoQueue[_Connection] = LifoQueue()
         for each in self._all:
             self._free.put(each)
 
@@ -80,19 +143,20 @@ class BulkTransport(httpx.BaseTransport):
 
 
 class _Connection:
-    """One connection, to the server that was asked last, made when it is needed."""
+    """One request at a time, over a connection that is its own for as long."""
 
-    def __init__(self, context: ssl.SSLContext) -> None:
-        self._context = context
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
         self._stream: BulkStream | None = None
-        self._server: tuple[str, int] = ("", 0)
-        self._used_at = 0.0
         self._shut, self._lock = False, threading.Lock()
 
     def send(self, request: httpx.Request, *, at_end: Callable[[], object]) -> httpx.Response:
         """Send a request; return the reply, whose body is to be read. `at_end` is called once it is closed."""
         timeouts = request.extensions.get("timeout", {})
-        stream = self._stream_to(request.url, timeouts.get("connect"))
+        if request.url.scheme != "https":
+            raise httpx.UnsupportedProtocol(f"nothing is sent without TLS, and {request.url.scheme} has none")
+        server = (request.url.host, request.url.port or 443)
+        stream = self._use(self._shared.connection(server, timeouts.get("connect")))
         http = h11.Connection(h11.CLIENT)
         head = h11.Request(method=request.method, target=request.url.raw_path, headers=request.headers.raw)
         parts = [http.send(head), *(http.send(h11.Data(data=part)) for part in request.stream)]  # type: ignore[union-attr]
@@ -102,7 +166,8 @@ class _Connection:
         reply = talk.head()
         direct = _length_of(reply) if request.method == "GET" else None
         body = _Body(
-            _Framed(talk) if direct is None else _Counted(talk, direct), lambda kept: self._done(reply, kept, at_end)
+            _Framed(talk) if direct is None else _Counted(talk, direct),
+            lambda ended: self._done(server, kept=ended and _stays(reply), at_end=at_end),
         )
         return httpx.Response(
             reply.status_code,
@@ -112,9 +177,7 @@ class _Connection:
         )
 
     def close(self) -> None:
-        with self._lock:
-            stream, self._stream = self._stream, None
-        if stream:
+        if stream := self._let_go():
             stream.close()
 
     def shut_down(self) -> None:
@@ -123,29 +186,32 @@ class _Connection:
             if self._stream:
                 self._stream.shut_down()
 
-    def _done(self, reply: h11.Response, kept: bool, at_end: Callable[[], object]) -> None:
-        """Keep the connection for the next request, where both sides can tell where this one ended."""
-        closes = any(name == b"connection" and b"close" in value.lower() for name, value in reply.headers)
-        self._used_at = time.monotonic()
-        if not kept or closes or reply.http_version < b"1.1":
-            self.close()
+    def _use(self, stream: BulkStream) -> BulkStream:
+        with self._lock:
+            self._stream = stream
+            if self._shut:
+                stream.shut_down()
+        return stream
+
+    def _let_go(self) -> BulkStream | None:
+        with self._lock:
+            stream, self._stream = self._stream, None
+        return stream
+
+    def _done(self, server: Server, *, kept: bool, at_end: Callable[[], object]) -> None:
+        """Leave the connection to the next request, where both sides can tell where this one ended."""
+        stream = self._let_go()
+        if stream and kept and not self._shut:
+            self._shared.keep(server, stream)
+        elif stream:
+            stream.close()
         at_end()
 
-    def _stream_to(self, url: httpx.URL, timeout_s: float | None) -> BulkStream:
-        server, now = (url.host, url.port or 443), time.monotonic()
-        if self._stream and (
-            server != self._server or now - self._used_at > KEEP_ALIVE_S or self._stream.has_something()
-        ):
-            self.close()
-        if not self._stream:
-            if url.scheme != "https":
-                raise httpx.UnsupportedProtocol(f"nothing is sent without TLS, and {url.scheme} has none")
-            stream = BulkStream.connect(server, self._context, timeout_s)
-            with self._lock:
-                self._stream, self._server = stream, server
-                if self._shut:
-                    stream.shut_down()
-        return self._stream
+
+def _stays(reply: h11.Response) -> bool:
+    """Tell whether the server leaves the connection open after this reply."""
+    closes = any(name == b"connection" and b"close" in value.lower() for name, value in reply.headers)
+    return not closes and reply.http_version >= b"1.1"
 
 
 class _Talk:
@@ -264,7 +330,7 @@ class BulkStream:
         self._until_done(self.tls.do_handshake, _deadline(timeout_s))
 
     @classmethod
-    def connect(cls, server: tuple[str, int], context: ssl.SSLContext, timeout_s: float | None) -> BulkStream:
+    def connect(cls, server: Server, context: ssl.SSLContext, timeout_s: float | None) -> BulkStream:
         """Connect and shake hands.
 
         Raises httpx.ConnectTimeout, ConnectError (from ssl.SSLCertVerificationError, …).

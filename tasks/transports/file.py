@@ -20,7 +20,7 @@ class FileReader:
 
     depth = 4
     preferred_extent_bytes = 32 * 1024 * 1024
-    road = "file"
+    road, road_reason = "file", "it is here"
 
     def __init__(self, path: Path) -> None:
         self.size = path.stat().st_size

@@ -1,7 +1,7 @@
 """Reading a flat extent over HTTPS: `https://<vCenter or host>/folder/<path>?dcPath=<dc>&dsName=<ds>`, by ranges.
 
 The session belongs to somebody else: a cookie is asked for, and a new one when it has died. What the road
-cannot read is named on entering, with the road that would.
+cannot read is named on entering, with the road that would. Large requests go to the ESXi host itself where it lets us.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 import re
 import ssl
-import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NoReturn, Self
 from urllib.parse import quote
 
@@ -37,13 +36,15 @@ from tasks.errors import (
     SessionExpired,
     UnsupportedDisk,
 )
-from tasks.models import SECTOR_BYTES, Connection, Extent, Value, VirtualDisk, VirtualMachine
-from tasks.reader import TransientFault, aligned_buffer
+from tasks.models import SECTOR_BYTES, Connection, Extent, ServiceTicket, Value, VirtualDisk, VirtualMachine
+from tasks.reader import TransientFault
 from tasks.transports import bulk
+from tasks.transports.host import HostRefuses, HostRoad
 
 TIMEOUT_S = 10.0  # of connecting, of a read and of a write: longer than a stun of the VM, shorter than patience
 BUFFER_BYTES = 1024 * 1024  # four leaves
-DEPTH = 4  # connections: one gave 445 Mbit/s from an ESXi host, eight 730
+REQUEST_BYTES = 32 * 1024 * 1024
+TICKET_BYTES = 1024 * 1024 * 1024  # of a request that is worth a ticket
 PROBE_ATTEMPTS = 4
 PROBE_WAIT_S = 1.0  # doubles, at random
 LONGEST_RETRY_AFTER_S = 30.0
@@ -70,12 +71,14 @@ class FolderDisk(Value):
     """A disk whose bytes lie in one flat file.
 
     datacenter_path: inventory path as vSphere stores it (`/Folder/DC%2f1`). datastore_path: `[ds] dir/x.vmdk`.
+    host_name: of an ESXi host that has the datastore; "" where that is not known.
     """
 
     connection: Connection
     datacenter_path: str
     datastore_path: str
     capacity_bytes: int
+    host_name: str = ""
 
     @classmethod
     def of(cls, disk: VirtualDisk, *, vm: VirtualMachine, connection: Connection) -> Self:
@@ -85,16 +88,20 @@ class FolderDisk(Value):
             datacenter_path=vm.datacenter_path,
             datastore_path=disk.datastore_path,
             capacity_bytes=disk.capacity_bytes,
+            host_name=vm.host_name,
         )
 
     def flat_url(self) -> httpx.URL:
-        """Return the URL of `x-flat.vmdk`, every name quoted once. Raises UnsupportedDisk for another path."""
-        match = _DATASTORE_PATH.fullmatch(self.datastore_path)
-        if not match:
-            raise UnsupportedDisk(
-                disk=self.datastore_path, reason="that is no datastore path of a .vmdk", remedy=OTHER_ROADS
-            )
-        return self._url(match["datastore"], f"{match['path']}-flat.vmdk")
+        """Return the URL of the file, every name quoted once. Raises UnsupportedDisk for a path that is of no disk."""
+        datastore, path = self._file()
+        query = f"dcPath={quote(self.datacenter_path.strip('/'), safe='')}&dsName={quote(datastore, safe='')}"
+        return httpx.URL(f"https://{self.connection.address}/folder/{quote(path)}?{query}")
+
+    def url_at_host(self) -> httpx.URL:
+        """Return the URL of the file at the ESXi host, which knows no datacenters."""
+        datastore, path = self._file()
+        host = f"[{self.host_name}]" if ":" in self.host_name else self.host_name
+        return httpx.URL(f"https://{host}/folder/{quote(path)}?dsName={quote(datastore, safe='')}")
 
     def locked(self) -> FileLocked:
         """Return what a file is that no request opens."""
@@ -108,20 +115,16 @@ class FolderDisk(Value):
         """Return what a reply means that is not of the file expected."""
         return UnsupportedDisk(disk=self.datastore_path, reason=reason, remedy=OTHER_ROADS)
 
-    def _url(self, datastore: str, path: str) -> httpx.URL:
-        where = f"dcPath={quote(self.datacenter_path.strip('/'), safe='')}&dsName={quote(datastore, safe='')}"
-        return httpx.URL(f"https://{self.connection.address}/folder/{quote(path)}?{where}")
+    def _file(self) -> tuple[str, str]:
+        """Return datastore and path of the file that is read: of `[ds] dir/x.vmdk`, `x-flat.vmdk`."""
+        match = _DATASTORE_PATH.fullmatch(self.datastore_path)
+        if not match:
+            raise self.unfit("that is no datastore path of a .vmdk")
+        return match["datastore"], f"{match['path']}-flat.vmdk"
 
 
 class FolderFile(FolderDisk):
     """Any file of a datastore, read as it is; its size is `capacity_bytes`."""
-
-    def flat_url(self) -> httpx.URL:
-        """Return the URL of the file itself. Raises FileUnfit for what is no datastore path."""
-        match = _ANY_PATH.fullmatch(self.datastore_path)
-        if not match:
-            raise self.unfit("that is no datastore path")
-        return self._url(match["datastore"], match["path"])
 
     def locked(self) -> FileLocked:
         """Return what a file is that no request opens."""
@@ -139,17 +142,27 @@ class FolderFile(FolderDisk):
         """Return what a reply means that is not of the file expected."""
         return FileUnfit(path=self.datastore_path, reason=reason, remedy=CHANGING)
 
+    def _file(self) -> tuple[str, str]:
+        """Return datastore and path of the file itself."""
+        match = _ANY_PATH.fullmatch(self.datastore_path)
+        if not match:
+            raise self.unfit("that is no datastore path")
+        return match["datastore"], match["path"]
+
 
 class FolderReader:
     """A flat extent behind `/folder`. See `tasks.reader.Reader`.
 
     cookie: returns the session's cookie (`vmware_soap_session="…"`). renew: given a cookie that was refused, returns
-    one that lives; several threads may call it at once. Entering asks for one sector, and raises FileLocked,
-    UnsupportedDisk, PermissionMissing, SessionExpired or another ConnectionFailed.
+    one that lives; several threads may call it at once. acquire: returns a ticket for one GET of a URL of an ESXi host;
+    None where there are no tickets. shared: what readers of this server share; None: it has its own. Entering asks for
+    one sector, and raises FileLocked, UnsupportedDisk, PermissionMissing, SessionExpired or another ConnectionFailed.
+
+    A large file is asked for in a few requests of the host itself, with a ticket each; what is smaller, and all else
+    once the host has refused, goes by the cookie. `road` is `host` or `folder` accordingly.
     Rests on "HTTP Access to vSphere Server Files", vSphere Web Services SDK Programming Guide.
     """
 
-    preferred_extent_bytes = 32 * 1024 * 1024
     road = "folder"
 
     def __init__(
@@ -158,38 +171,50 @@ class FolderReader:
         *,
         cookie: Callable[[], str],
         renew: Callable[[str], str],
-        depth: int = DEPTH,
+        acquire: Callable[[str], ServiceTicket] | None = None,
+        shared: bulk.Shared | None = None,
+        depth: int | None = None,
         timeout_s: float = TIMEOUT_S,
+        ticket_bytes: int = TICKET_BYTES,
     ) -> None:
         self.size = disk.capacity_bytes
         self.source = disk.datastore_path
-        self.depth = depth
+        self.depth = depth or disk.connection.connections
+        self.preferred_extent_bytes = REQUEST_BYTES
+        self.road_reason = ""
         self._disk, self._url = disk, disk.flat_url()
-        self._cookie, self._renew = cookie, renew
+        self._cookie, self._renew, self._acquire = cookie, renew, acquire
+        self._ticket_bytes = ticket_bytes
+        self._host: HostRoad | None = None
+        self._shared, self._own = shared, ExitStack()
         self._timeout_s = timeout_s
-        self._buffers = threading.local()
 
     def __enter__(self) -> Self:
-        context = tls.context_for(self._disk.connection)
-        self._transport = bulk.BulkTransport(context, connections=self.depth)
-        self._client = bulk.client(self._transport, timeout_s=self._timeout_s)
-        try:
+        with ExitStack() as stack:
+            if not self._shared:
+                self._shared = bulk.Shared(tls.context_for(self._disk.connection))
+                stack.callback(self._shared.close)
+            self._transport = bulk.BulkTransport(self._shared, connections=self.depth)
+            self._client = stack.enter_context(bulk.client(self._transport, timeout_s=self._timeout_s))
             self._probe()
-        except BaseException:
-            self._client.close()
-            raise
+            self._look_for_host()
+            if self._host:
+                stack.callback(self._host.close)
+            self._own = stack.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
         try:
-            self._client.close()
+            self._own.close()
         except (OSError, httpx.HTTPError) as error:
             _log.warning("closing a source failed source=%r error=%s", self.source, type(error).__name__)
 
     def stream(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
         """Yield the bytes of `extent` in order, by one request. Raises TransientFault, or as on entering."""
-        offset, buffer = extent.start, self._buffer()
-        with self._get(extent) as response:
+        assert self._shared
+        offset = extent.start
+        with self._errors(), self._shared.buffer(BUFFER_BYTES) as buffer, ExitStack() as stack:
+            response = self._reply(extent, stack)
             _check_range(response, self._disk, extent)
             while offset < extent.end:
                 # up to the next multiple of the buffer's length, so that whole leaves come whole
@@ -206,15 +231,40 @@ class FolderReader:
         if offset != extent.end:
             raise TransientFault(f"the reply ended at byte {offset} of {extent.end}")
 
-    def _buffer(self) -> memoryview:
-        """Return this thread's own buffer."""
-        if not hasattr(self._buffers, "mine"):
-            self._buffers.mine = aligned_buffer(BUFFER_BYTES)
-        return self._buffers.mine  # type: ignore[no-any-return]
-
     def interrupt(self) -> None:
         """Shut every connection down: what waits for one fails at once, with TransientFault."""
         self._transport.shut_down()
+        if self._host:
+            self._host.shut_down()
+
+    def _look_for_host(self) -> None:
+        """Find out whether the host itself can be asked, if the file is worth it; plan for few large requests then."""
+        if not self._acquire or not self._disk.host_name:
+            self._by_cookie("no host tickets: they are switched off, or this is a host itself")
+        elif self.size < self._ticket_bytes:
+            self._by_cookie(f"smaller than the {self._ticket_bytes} bytes that are worth a host ticket")
+        else:
+            url = self._disk.url_at_host()
+            try:
+                self._host = HostRoad(url, acquire=self._acquire, connections=self.depth, timeout_s=self._timeout_s)
+            except HostRefuses as refusal:
+                self._by_cookie(str(refusal))
+            else:
+                self.road, self.road_reason = "host", f"{self._host.address} itself, a ticket a request"
+                self.preferred_extent_bytes = _share(self.size, min(self.depth, self.size // self._ticket_bytes))
+
+    def _by_cookie(self, reason: str) -> None:
+        self.road, self.road_reason = "folder", reason
+
+    def _reply(self, extent: Extent, stack: ExitStack) -> httpx.Response:
+        """Ask the host for a large extent; ask by the cookie for others, and for all once the host has refused."""
+        if self.road == "host" and self._host and extent.length >= self._ticket_bytes:
+            try:
+                return stack.enter_context(self._host.get(extent))
+            except HostRefuses as refusal:
+                _log.warning("the host is left for the vCenter source=%r reason=%r", self.source, str(refusal))
+                self._by_cookie(str(refusal))
+        return stack.enter_context(self._get(extent))
 
     def _probe(self) -> None:
         """Ask for the first sector. A busy server is asked a few times; a file that no request opens is named."""
@@ -236,13 +286,13 @@ class FolderReader:
     def _get(self, extent: Extent) -> Iterator[httpx.Response]:
         """Send the request, with a new session where the old one has died; yield the reply that is no refusal."""
         cookie = self._cookie()
-        with self._errors(), self._send(extent, cookie) as response:
+        with self._send(extent, cookie) as response:
             if response.status_code != httpx.codes.UNAUTHORIZED:
                 self._refuse(response)
                 yield response
                 return
         fresh = self._fresh(cookie)
-        with self._errors(), self._send(extent, fresh) as response:
+        with self._send(extent, fresh) as response:
             self._refuse(response)
             yield response
 
@@ -321,6 +371,11 @@ def _check_range(response: httpx.Response, disk: FolderDisk, extent: Extent) -> 
         _refused(disk, f"its file has {total} bytes, not the {disk.capacity_bytes} expected")
     if (first, last) != (extent.start, extent.end - 1):
         _refused(disk, f"the server sent bytes {first}-{last} for {extent.start}-{extent.end - 1}")
+
+
+def _share(size: int, shares: int) -> int:
+    """Return the size of equal contiguous shares, in whole buffers; a rest, smaller than any, may be left."""
+    return size // shares // BUFFER_BYTES * BUFFER_BYTES
 
 
 def _refused(disk: FolderDisk, reason: str) -> NoReturn:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import atexit
 import logging
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pyVim.connect import SmartStubAdapter
 from pyVmomi import vim, vmodl
@@ -30,7 +31,16 @@ MAX_WAIT_S = 8.0
 LONE_HOST = "ha-host"  # the moref of the one host that an ESXi host has in its own inventory
 
 log = logging.getLogger(__name__)
+
+
+class Closable(Protocol):
+    """What ends with a session."""
+
+    def close(self) -> None: ...
+
+
 T = TypeVar("T")
+C = TypeVar("C", bound=Closable)
 
 
 class Session:
@@ -41,6 +51,7 @@ class Session:
         self.connection = connection
         self._renewing = threading.Lock()
         self._ended = threading.Event()
+        self._companions: dict[Callable[[ssl.SSLContext], Any], Any] = {}
         with translated(connection, "the login"):
             self.tls = tls.context_for(connection)
             self._stub = _stub(connection, self.tls)
@@ -57,6 +68,14 @@ class Session:
     def entity(self, kind: type[Any], moref: str) -> Any:
         """Return a managed object by reference, without a round trip."""
         return kind(moref, self._stub)
+
+    def companion(self, kind: Callable[[ssl.SSLContext], C]) -> C:
+        """Return the one that `kind` makes of this session's trust; it is closed when the session is."""
+        with self._renewing:
+            if kind not in self._companions:
+                self._companions[kind] = kind(self.tls)
+            made: C = self._companions[kind]
+            return made
 
     def call(self, action: str, method: Callable[[], T], *, repeatable: bool = True) -> T:
         """Call a vSphere method; log in again, once, where the session has died.
@@ -92,6 +111,8 @@ class Session:
     def close(self) -> None:
         """Log out. A server that cannot be told is logged, not raised: it ends idle sessions itself."""
         self._ended.set()
+        for companion in self._companions.values():
+            companion.close()
         try:
             self.content.sessionManager.Logout()
         except (vmodl.MethodFault, *CONNECTION_ERRORS) as error:

@@ -14,11 +14,11 @@ from tasks.images.target import open_target
 from tasks.images.verify import verify
 from tasks.transports.folder import FolderReader
 from tests.benchmarks.child import measured
-from tests.benchmarks.ours import reader_of
+from tests.benchmarks.ours import connection_to, reader_of
 
 
 def main(passes: str, check: str, address: str, ca_file: str, cookie: str, folder: str, size: str, name: str) -> None:
-    source = reader_of(address, ca_file, cookie, size=int(size), name=name)
+    source = reader_of(connection_to(address, ca_file), cookie, size=int(size), name=name)
     files = DiskFiles(Path(folder), 0)
     measured(lambda: land(source, files, one_pass=passes == "one", read_back=check == "read-back"))
 

@@ -153,7 +153,10 @@ func (l *lab) adminFaults(r *http.Request) (any, error) {
 	if err := decode(r, &q); err != nil {
 		return nil, err
 	}
-	return struct{}{}, l.faults.set(q)
+	if err := l.faults.set(q); err != nil || !q.ResetCBT {
+		return struct{}{}, err
+	}
+	return struct{}{}, l.resetTracking()
 }
 
 // adminGuestLoad starts or stops a guest that keeps writing blocks of 4 KiB at random places.

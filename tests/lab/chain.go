@@ -12,14 +12,17 @@ type moment struct {
 	side   *layer // a delta of the snapshot's own, beside the guest's (vss.go)
 	view   *view  // set once the snapshot is gone
 	digest string
+
+	changeID string // of the point in its tracking
 }
 
 // freeze makes the present content the snapshot's: a fresh delta takes the guest's writes from now on. With vss the
 // snapshot gets a delta of its own too.
-func (d *disk) freeze(snapshot string, vss bool) error {
+func (d *disk) freeze(snapshot string, vss, tracked bool) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	m := &moment{layer: d.top(), digest: d.digest}
+	d.track(tracked)
+	m := &moment{layer: d.top(), digest: d.digest, changeID: d.changeID()}
 	d.moments[snapshot] = m
 	if err := d.pushDelta(); err != nil {
 		return err

@@ -124,7 +124,7 @@ func (d *disk) backing(i int) types.BaseVirtualDeviceBackingInfo {
 	if !d.hasBytes() {
 		return d.objectBacking()
 	}
-	return d.chainBacking(d.layers[:i+1])
+	return withChangeID(d.chainBacking(d.layers[:i+1]), d.changeID())
 }
 
 // chainBacking is the backing of layers, the base first.
@@ -133,6 +133,17 @@ func (d *disk) chainBacking(layers []*layer) types.BaseVirtualDeviceBackingInfo 
 		return d.seSparseChain(layers)
 	}
 	return d.flatChain(layers)
+}
+
+// withChangeID puts a changeId on a backing, not on its parents'.
+func withChangeID(b types.BaseVirtualDeviceBackingInfo, id string) types.BaseVirtualDeviceBackingInfo {
+	switch b := b.(type) {
+	case *types.VirtualDiskFlatVer2BackingInfo:
+		b.ChangeId = id
+	case *types.VirtualDiskSeSparseBackingInfo:
+		b.ChangeId = id
+	}
+	return b
 }
 
 func (d *disk) flatChain(layers []*layer) *types.VirtualDiskFlatVer2BackingInfo {

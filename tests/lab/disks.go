@@ -50,6 +50,7 @@ type disk struct {
 	next     int                // number of the next delta
 	digest   string             // of the content now; "" when not known
 	touched  bool               // the top layer was written since it became the top
+	tracking *tracking          // of changes; nil where there is none (cbt.go)
 	objectID string             // of a disk without an extent file (kinds.go)
 }
 
@@ -94,6 +95,9 @@ func (d *disk) guestWrite(off int64, p []byte) error {
 		return err
 	}
 	d.digest = ""
+	if d.tracking != nil {
+		d.tracking.mark(off, int64(len(p)))
+	}
 	return d.writeLayer(len(d.layers)-1, off, p)
 }
 

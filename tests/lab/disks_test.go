@@ -103,7 +103,7 @@ func TestSnapshotsKeepTheirContentInAnyOrderOfRemoval(t *testing.T) {
 				} else {
 					name := fmt.Sprint("s", i)
 					want[name], open = digest(d.model), append(open, name)
-					if err := d.freeze(name, false); err != nil {
+					if err := d.freeze(name, false, false); err != nil {
 						t.Fatal(err)
 					}
 				}
@@ -129,7 +129,7 @@ func TestQemuReadsChainsAndFrozenCopies(t *testing.T) {
 	r := rand.New(rand.NewPCG(7, 7))
 	d := newTestDisk(t, 5<<20+1536, true)
 	before := digest(d.model)
-	if err := d.freeze("plain", false); err != nil {
+	if err := d.freeze("plain", false, false); err != nil {
 		t.Fatal(err)
 	}
 	for range 30 {
@@ -148,7 +148,7 @@ func TestQemuReadsChainsAndFrozenCopies(t *testing.T) {
 
 func TestVSSSnapshotHasARedoLogOfItsOwn(t *testing.T) {
 	d := newTestDisk(t, 2<<20, false)
-	if err := d.freeze("q", true); err != nil {
+	if err := d.freeze("q", true, false); err != nil {
 		t.Fatal(err)
 	}
 	side := d.moments["q"].side

@@ -18,6 +18,14 @@
 //	                                       the datastore browser lists a file under another name than it has
 //	{"merge_fails": 1}                     the next snapshot removal leaves its deltas: consolidationNeeded
 //	{"refuse_privilege": "Datastore.Browse"}   calls that need it answer NoPermission, /folder 403; see privileges
+//	{"hosts": "down"}                      until cleared, the ESXi hosts' own port: down: tickets name one where nobody
+//	                                       listens; strange: it shows another certificate than tickets name; unnamed:
+//	                                       tickets name none; busy: it answers 503
+//	{"cbt": {"page": 5, "star": "whole", "too_large": true, "wrong": "beyond"}}
+//	                                       until cleared, QueryChangedDiskAreas: areas in an answer; how it takes "*"
+//	                                       (allocated, whole, fail); areas that did not change among the others; areas
+//	                                       beyond the disk's end, or overlapping ones
+//	{"reset_cbt": true}                    every tracked disk forgets, and has changeIds of a new uuid from now on
 //	{"clear": true}                        ends all of these first
 package main
 
@@ -50,6 +58,9 @@ type faultRequest struct {
 	DelayMethod     *delayMethod `json:"delay_method"`
 	TaskTakes       *delayMethod `json:"task_takes"`
 	RefusePrivilege string       `json:"refuse_privilege"`
+	Hosts           string       `json:"hosts"`
+	CBT             *cbtTrouble  `json:"cbt"`
+	ResetCBT        bool         `json:"reset_cbt"`
 
 	ListAs map[string]string `json:"list_as"`
 }
@@ -140,6 +151,8 @@ type faults struct {
 	delays     []*delay // of calls
 	lengths    []*delay // of tasks
 	refused    map[string]bool
+	hosts      string
+	cbt        cbtTrouble
 	taskFaults []*taskFault
 	listAs     map[string]string
 }
@@ -180,6 +193,12 @@ func (f *faults) set(r faultRequest) error {
 	if r.RefusePrivilege != "" {
 		f.refused[r.RefusePrivilege] = true
 	}
+	if r.Hosts != "" {
+		f.hosts = r.Hosts
+	}
+	if r.CBT != nil {
+		f.cbt = *r.CBT
+	}
 	if r.FailMethod != nil {
 		f.failMethod(*r.FailMethod, fault)
 	}
@@ -191,7 +210,7 @@ func (f *faults) set(r faultRequest) error {
 }
 
 func (f *faults) clear() {
-	f.noLogin, f.throttle = false, 0
+	f.noLogin, f.throttle, f.hosts, f.cbt = false, 0, "", cbtTrouble{}
 	f.folder503, f.cut, f.stall, f.merge = countdown{}, countdown{}, countdown{}, countdown{}
 	f.refused, f.taskFaults = map[string]bool{}, nil
 	f.delays, f.lengths, f.listAs = nil, nil, nil
@@ -202,6 +221,12 @@ func (f *faults) clear() {
 func (f *faults) check(r faultRequest) (types.BaseMethodFault, error) {
 	if _, known := privileges[r.RefusePrivilege]; !known && r.RefusePrivilege != "" {
 		return nil, fmt.Errorf("refuse_privilege: no privilege %q here", r.RefusePrivilege)
+	}
+	if r.Hosts != "" && !slices.Contains([]string{"down", "strange", "unnamed", "busy"}, r.Hosts) {
+		return nil, fmt.Errorf("hosts: no trouble %q here", r.Hosts)
+	}
+	if err := r.CBT.check(); err != nil {
+		return nil, err
 	}
 	if r.TaskTakes != nil && !slices.Contains(taskMethods, r.TaskTakes.Method) {
 		return nil, fmt.Errorf("task_takes: is for %v", taskMethods)
@@ -358,8 +383,22 @@ func pathElement(name string) []byte {
 	return b.Bytes()
 }
 
+// cbtTrouble is how answers about changed blocks are spoiled.
+func (f *faults) cbtTrouble() cbtTrouble {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.cbt
+}
+
+// atHosts is what is wrong with the ESXi hosts' own port; empty for nothing.
+func (f *faults) atHosts() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.hosts
+}
+
 // onFolder is the status with which a /folder request is refused, 0 for none.
-func (f *faults) onFolder() int {
+func (f *faults) onFolder(r *http.Request) int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, p := range folderPrivileges {
@@ -367,7 +406,7 @@ func (f *faults) onFolder() int {
 			return http.StatusForbidden
 		}
 	}
-	if f.folder503.take() {
+	if f.folder503.take() || f.hosts == "busy" && atHost(r) {
 		return http.StatusServiceUnavailable
 	}
 	return 0

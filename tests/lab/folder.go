@@ -86,7 +86,7 @@ func (l *lab) serveFolder(w http.ResponseWriter, r *http.Request, next http.Hand
 	owner, locked := l.holder(file)
 	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
 	meter.disk = isExtent(file) && r.Method == http.MethodGet
-	refused := l.faults.onFolder()
+	refused := l.faults.onFolder(r)
 	switch {
 	case refused != 0:
 		http.Error(meter, http.StatusText(refused), refused)

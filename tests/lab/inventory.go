@@ -34,6 +34,7 @@ type datastore struct {
 	dc   *datacenter
 	name string
 	dir  string // on this machine
+	kind string // summary.type as the scenario has it
 	ref  types.ManagedObjectReference
 }
 
@@ -201,7 +202,7 @@ func (l *lab) buildDatastore(dc *datacenter, name string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	ds := &datastore{dc: dc, name: name, dir: dir}
+	ds := &datastore{dc: dc, name: name, dir: dir, kind: dc.typeOf(name)}
 	for _, host := range dc.hosts {
 		system, err := object.NewHostSystem(l.client, host.ref).ConfigManager().DatastoreSystem(ctx)
 		if err != nil {

@@ -26,6 +26,7 @@ type machine struct {
 	dir   string // folder on the datastore
 	disks []*disk
 	on    atomic.Bool
+	cbt   atomic.Bool // changeTrackingEnabled
 
 	fileKeys  map[string]int32                        // layoutEx key by datastore path
 	dataFiles map[types.ManagedObjectReference]string // snapshot → datastore path of its .vmsn
@@ -40,6 +41,7 @@ func (l *lab) buildVM(dc *datacenter, spec vmSpec) error {
 		lab: l, dc: dc, ds: ds, spec: spec,
 		fileKeys: map[string]int32{}, dataFiles: map[types.ManagedObjectReference]string{},
 	}
+	m.cbt.Store(spec.CBT)
 	m.dir = m.dirOn(ds)
 	m.path = "/" + joinPath(dc.path, "vm", spec.Folder, spec.Name)
 	if err := os.MkdirAll(path.Join(ds.dir, m.dir), 0o755); err != nil {
@@ -112,6 +114,8 @@ func (m *machine) configSpec() types.VirtualMachineConfigSpec {
 		Uuid:         orUUID(m.spec.BIOSUUID, 0x42),
 		InstanceUuid: orUUID(m.spec.InstanceUUID, 0x50),
 		Files:        &types.VirtualMachineFileInfo{VmPathName: m.vmxPath()},
+
+		ChangeTrackingEnabled: &m.spec.CBT,
 	}
 	for _, d := range devices {
 		spec.DeviceChange = append(spec.DeviceChange, &types.VirtualDeviceConfigSpec{

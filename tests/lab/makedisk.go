@@ -28,7 +28,9 @@ func (m *machine) makeDisk(i int, spec diskSpec, key int32) (*disk, error) {
 	if spec.Backing != backingFlat && spec.Backing != backingSeSparse {
 		return d, d.createObject()
 	}
-	return d, d.createBase(fmt.Sprintf("%s#%d", m.path, i))
+	err := d.createBase(fmt.Sprintf("%s#%d", m.path, i))
+	d.track(m.spec.CBT)
+	return d, err
 }
 
 // diskUUID is a new disk UUID, with the first bytes VMware gives to virtual disks.

@@ -16,6 +16,7 @@
 //	      "quiesce": "ok",                                  or "fail": ApplicationQuiesceFault
 //	      "vss": false,                                     a quiesced snapshot leaves two redo logs: see vss.go
 //	      "snapshots": [{"name": "s", "description": "", "writes": "1MiB"}],   made by somebody else, in a chain
+//	      "cbt": false,                                     changed blocks are tracked from the start: see cbt.go
 //	      "consolidation_needed": false,                    deltas that no snapshot explains
 //	      "instance_uuid": "", "bios_uuid": "",             drawn when not given
 //	      "nics": ["vmxnet3"],                              default: one; e1000, e1000e, vmxnet2, vmxnet3
@@ -135,6 +136,7 @@ type vmSpec struct {
 	Tools     *bool          `json:"tools"`
 	Quiesce   string         `json:"quiesce"`
 	VSS       bool           `json:"vss"`
+	CBT       bool           `json:"cbt"`
 	Snapshots []snapshotSpec `json:"snapshots"`
 	consolidation
 	InstanceUUID string     `json:"instance_uuid"`

@@ -49,7 +49,7 @@ func (m *machine) createSnapshot(
 		if !d.snapshotted() {
 			continue
 		}
-		if err := d.freeze(ref.Value, m.spec.VSS && quiesce && m.on.Load()); err != nil {
+		if err := d.freeze(ref.Value, m.spec.VSS && quiesce && m.on.Load(), m.cbt.Load()); err != nil {
 			return nil, fileFault(d, err)
 		}
 	}
@@ -229,6 +229,7 @@ func (m *machine) ReconfigVMTask(ctx *simulator.Context, req *types.ReconfigVM_T
 		if _, fault := inner(ctx, res.Returnval); fault != nil {
 			return nil, fault
 		}
+		m.setTracking(req.Spec.ChangeTrackingEnabled)
 		return nil, m.afterChange(ctx)
 	})
 	return &methods.ReconfigVM_TaskBody{Res: &types.ReconfigVM_TaskResponse{Returnval: ref}}

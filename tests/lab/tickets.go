@@ -48,12 +48,24 @@ func (l *lab) issueTicket(session string, request, reply []byte) []byte {
 	}
 	l.tickets.Store(string(found[2]), t)
 	l.stats.ticket(&l.stats.ticketsIssued)
+	return ticketReply.ReplaceAll(reply, []byte("${1}${2}${3}"+l.whereToSpend()))
+}
+
+// whereToSpend is the part of a ticket that names the host, and its certificate.
+func (l *lab) whereToSpend() string {
 	host, thumbprint := l.server.Listener.Addr().String(), l.certs.sha1
 	if l.hosts != nil {
 		host, thumbprint = l.hosts.address, l.hosts.certs.sha1
 	}
-	return ticketReply.ReplaceAll(reply, []byte("${1}${2}${3}<hostName>"+host+"</hostName>"+
-		"<sslThumbprint>"+thumbprint+"</sslThumbprint>"))
+	switch l.faults.atHosts() {
+	case "down":
+		host = "127.0.0.1:1"
+	case "strange":
+		thumbprint = l.certs.sha1
+	case "unnamed":
+		return "<hostName>" + host + "</hostName>"
+	}
+	return "<hostName>" + host + "</hostName><sslThumbprint>" + thumbprint + "</sslThumbprint>"
 }
 
 // spendTicket says whether a ticket opens this request. A request that is not the ticket's own leaves it unspent.

@@ -32,6 +32,7 @@ func (d *disk) addSide(m *moment) error {
 		if err = l.store.writeAt(randomBytes(r.Uint64(), n), off); err != nil {
 			return err
 		}
+		d.tracking.markSide(off, n)
 	}
 	l.cid = rand.Uint32()
 	return d.writeDeltaDescriptor(l, m.layer)
@@ -53,12 +54,16 @@ func (d *disk) dropSide(m *moment) error {
 // momentBacking is the backing that a standing snapshot's config shows, at being the layer it froze.
 func (d *disk) momentBacking(ref string, at int) types.BaseVirtualDeviceBackingInfo {
 	m := d.momentAt(ref)
-	if m == nil || m.side == nil {
+	if m == nil {
 		return d.backing(at)
 	}
 	d.mu.RLock()
 	defer d.mu.RUnlock()
-	return d.chainBacking(append(slices.Clone(d.layers[:at+1]), m.side))
+	layers := slices.Clone(d.layers[:at+1])
+	if m.side != nil {
+		layers = append(layers, m.side)
+	}
+	return withChangeID(d.chainBacking(layers), m.changeID)
 }
 
 func (d *disk) momentAt(ref string) *moment {

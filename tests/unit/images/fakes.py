@@ -28,7 +28,7 @@ class FakeReader:
     stream leaves out. stalls_at: a stream that reaches it hangs until interrupted. shuffled: chunks in any order.
     """
 
-    road = "fake"
+    road, road_reason = "fake", ""
     source = "[fake] disk.vmdk"
 
     def __init__(

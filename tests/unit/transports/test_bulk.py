@@ -73,7 +73,7 @@ def connect(
 
 
 def client(context: ssl.SSLContext, *, connections: int, timeout_s: float) -> httpx.Client:
-    return bulk.client(bulk.BulkTransport(context, connections=connections), timeout_s=timeout_s)
+    return bulk.client(bulk.BulkTransport(bulk.Shared(context), connections=connections), timeout_s=timeout_s)
 
 
 def read(stream: bulk.BulkStream, timeout: float = 10, *, size: int = 65536) -> bytes:
@@ -346,6 +346,41 @@ def test_a_connection_that_was_idle_for_long_is_replaced(
                 assert server.connections == expected
 
 
+def test_who_shares_goes_on_with_the_connections_of_those_before(certificate: tuple[Path, Path]) -> None:
+    headers = {"Cookie": "c=1", "Range": "bytes=0-9"}
+    with serving(CONTENT, certificate, cookie="c=1") as server, closing(bulk.Shared(unverified())) as shared:
+        for _ in range(3):
+            with bulk.client(bulk.BulkTransport(shared, connections=2), timeout_s=10) as asking:
+                assert asking.get(f"https://127.0.0.1:{server.port}/", headers=headers).content == CONTENT[:10]
+        assert server.connections == 1
+        shared.close()
+        with bulk.client(bulk.BulkTransport(shared, connections=1), timeout_s=10) as asking:
+            for _ in range(2):
+                assert asking.get(f"https://127.0.0.1:{server.port}/", headers=headers).content == CONTENT[:10]
+        assert server.connections == 3  # once it is closed, nothing is kept
+
+
+def test_a_connection_in_the_middle_of_a_reply_is_left_to_nobody(certificate: tuple[Path, Path]) -> None:
+    headers = {"Cookie": "c=1", "Range": f"bytes=0-{len(CONTENT) - 1}"}
+    with serving(CONTENT, certificate, cookie="c=1") as server, closing(bulk.Shared(unverified())) as shared:
+        for expected in (1, 2):
+            with bulk.client(bulk.BulkTransport(shared, connections=1), timeout_s=10) as asking:
+                with asking.stream("GET", f"https://127.0.0.1:{server.port}/", headers=headers) as reply:
+                    assert reply.extensions[bulk.READ_INTO](memoryview(bytearray(10)))
+            assert server.connections == expected
+
+
+def test_memory_is_lent_to_one_at_a_time_and_lent_again() -> None:
+    shared = bulk.Shared(unverified())
+    with shared.buffer(MIB) as one, shared.buffer(MIB) as two:
+        one[0], two[0] = 1, 2
+        assert (one[0], two[0]) == (1, 2)
+    with shared.buffer(MIB) as again:
+        assert again is one or again is two
+    with shared.buffer(2 * MIB) as larger:
+        assert len(larger) == 2 * MIB
+
+
 def test_a_connection_that_the_server_left_between_two_requests_is_replaced(certificate: tuple[Path, Path]) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*certificate)
@@ -370,7 +405,7 @@ def test_a_connection_that_the_server_left_between_two_requests_is_replaced(cert
 
 
 def test_once_shut_down_nothing_is_asked_any_more(certificate: tuple[Path, Path]) -> None:
-    transport = bulk.BulkTransport(unverified(), connections=1)
+    transport = bulk.BulkTransport(bulk.Shared(unverified()), connections=1)
     headers = {"Cookie": "c=1", "Range": "bytes=0-9"}
     with serving(CONTENT, certificate, cookie="c=1") as server, bulk.client(transport, timeout_s=10) as asking:
         assert asking.get(f"https://127.0.0.1:{server.port}/", headers=headers).content == CONTENT[:10]
