@@ -10,15 +10,15 @@ from prefect import flow
 from blocks import VCenter
 from tasks.convert import land
 from tasks.disks import copyable_disks
-from tasks.images.files import allocated_bytes, need_space
-from tasks.images.output import DiskFiles, refuse_existing
+from tasks.images.files import allocated_bytes
+from tasks.images.output import DiskFiles, give_up, refuse_existing
 from tasks.images.state import JobState, discard, read_state, write_state
 from tasks.job import Job, job_at_work
-from tasks.models import ExportJob, Manifest, VirtualDisk
+from tasks.models import ExportJob, Manifest
 from tasks.probe import probe
 from tasks.report import commit, manifest_of
-from tasks.snapshot import check_snapshot, drop_snapshot, point_in_time
-from tasks.steps import side_by_side
+from tasks.snapshot import check_snapshot, drop_snapshot, kept_if_interrupted, point_in_time
+from tasks.steps import check_room, side_by_side
 from tasks.succession import clean_up
 from tasks.transfer import transfer
 
@@ -55,12 +55,13 @@ async def _arrived(vcenter: VCenter, job: Job, options: ExportJob) -> JobState:
     if state and state.all_arrived:
         await drop_snapshot(vcenter, vm, name)
         return state
-    before, give_up = state.snapshot if state else None, partial(discard, folder)
-    async with point_in_time(vcenter, vm, options, name=name, before=before, give_up=give_up) as snapshot:
+    before, forget = state.snapshot if state else None, partial(discard, folder)
+    async with point_in_time(vcenter, vm, options, name=name, before=before, give_up=forget) as snapshot:
         disks = await copyable_disks(vcenter, job.server, vm, snapshot)
         arriving = options.arrival_format
         parts = {disk: DiskFiles(folder, disk.index) for disk in disks}
-        need_space(folder, sum(_sure_to_take(disk, files.part(arriving)) for disk, files in parts.items()))
+        most = sum(max(0, disk.capacity_bytes - allocated_bytes(parts[disk].part(arriving))) for disk in disks)
+        check_room(folder, sure_bytes=0, most_bytes=most)  # thick or thin, a disk may be all zeros, and they take none
         await probe(vcenter, vm, disks)
         state = job.state(snapshot, disks)
         write_state(folder, state)
@@ -72,15 +73,11 @@ async def _arrived(vcenter: VCenter, job: Job, options: ExportJob) -> JobState:
     return state
 
 
-def _sure_to_take(disk: VirtualDisk, part: Path) -> int:
-    """Return how many more bytes a disk is sure to take here: what a thin one holds is not known beforehand."""
-    return 0 if disk.thin else max(0, disk.capacity_bytes - allocated_bytes(part))
-
-
 async def _landed(vcenter: VCenter, state: JobState, folder: Path, options: ExportJob) -> Manifest:
     """Return the manifest of a job whose disks have arrived, once they have their final names."""
     calls = [partial(land, state.vm, each, DiskFiles(folder, each.disk.index), options) for each in state.arrivals]
-    images = await side_by_side(calls, at_once=options.parallel_disks)
+    with kept_if_interrupted(partial(give_up, folder)):
+        images = await side_by_side(calls, at_once=options.parallel_disks)
     manifest = manifest_of(vcenter, state, tuple(images), options)
     await commit(manifest, folder)
     return manifest

@@ -148,7 +148,7 @@ def vsphere(
     concurrency
         With download-vm: files downloaded side by side.
     fail_on_missing
-        With download-vm: fail where a disk's file that the configuration names is not there.
+        With download-vm: fail where a file that a disk is made of is not there, or any file goes meanwhile.
     snapshot
         With download-vm: freeze a running VM by a snapshot for the duration.
     against_source

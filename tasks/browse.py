@@ -22,9 +22,11 @@ LIVE = "it is written by the running VM: its frozen base is here"
 
 
 class Plan(Value):
-    """What is downloaded. `frozen`: the disks of the point in time. `missing`: paths that the configuration names."""
+    """What is downloaded. `own`: the paths of those files that disks are made of. `frozen`: the disks of the point in
+    time. `missing`: what the configuration names, as datastore paths."""
 
     files: tuple[DatastoreFile, ...]
+    own: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
     missing: tuple[str, ...]
     frozen: tuple[VirtualDisk, ...]
@@ -65,7 +67,9 @@ def _planned(session: Session, vm: VirtualMachine, options: DownloadJob, snapsho
             why=f"the configuration of {vm.name} names it",
             remedy="Look for it in vSphere; without --fail-on-missing the rest is downloaded",
         )
-    return Plan(files=files, left_out=left_out, missing=missing, frozen=frozen)
+    patterns = [extents_of(path) for disk in (*live, *frozen) for path in (disk.datastore_path, *disk.parents)]
+    own = tuple(file.path for file in files if _any(patterns, file))
+    return Plan(files=files, own=own, left_out=left_out, missing=missing, frozen=frozen)
 
 
 def _without_live(

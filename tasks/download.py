@@ -11,6 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from blocks import VCenter
+from tasks.errors import FileMissing
 from tasks.fetch import Fetched, fetch
 from tasks.images.digests import Digests
 from tasks.images.layout import DiskFiles
@@ -51,24 +52,40 @@ class Place(Value):
         return {**identity, "file": file.datastore_path, "modified": file.modified, "bytes": file.size_bytes}
 
 
-@task(name="download", task_run_name="download {place.vm.name} {file.path}", cache_policy=NO_CACHE)
-async def download(
-    vcenter: VCenter, place: Place, file: DatastoreFile, number: int, known: DownloadedFile | None
-) -> DownloadedFile:
+class Wanted(Value):
+    """One file to download. `number`: among all, for its progress. `known`: what an earlier run wrote of it.
+
+    `needed`: there is nothing to download without it.
+    """
+
+    file: DatastoreFile
+    number: int
+    known: DownloadedFile | None
+    needed: bool
+
+
+@task(name="download", task_run_name="download {place.vm.name} {wanted.file.path}", cache_policy=NO_CACHE)
+async def download(vcenter: VCenter, place: Place, wanted: Wanted) -> DownloadedFile | None:
     """Copy one file into its part, read that back and compare, unless it is here and unchanged.
 
-    number: of the file among all, for its progress. known: what an earlier run wrote of it. Cancelled, it returns only
-    when no thread of it reads or writes any more. Raises FileLocked, FileMissing, FileUnfit, TransferInterrupted,
-    DiskFull, IntegrityMismatch, ….
+    None where it is gone from the source and not needed. Cancelled, it returns only when no thread of it reads or
+    writes any more. Raises FileLocked, FileMissing, FileUnfit, TransferInterrupted, DiskFull, IntegrityMismatch, ….
     """
     look, stop, started = threading.Event(), threading.Event(), time.monotonic()
-    label, key = f"download {place.vm.name} {file.path}", f"download-{place.vm.moref}-{number}"
+    file, known = wanted.file, wanted.known
+    label, key = f"download {place.vm.name} {file.path}", f"download-{place.vm.moref}-{wanted.number}"
     async with metered(label, file.size_bytes, key=key) as meter:
         unchanged = known is not None and await in_thread(_unchanged, look, place, file, known, look)
         if known and unchanged:
             get_run_logger().info("unchanged vm=%s path=%r", place.vm.moref, file.path)
             return known.model_copy(update={"bytes_transferred": 0, "seconds": 0.0, "point": place.point})
-        result, verified = await in_thread(_fetched, stop, connection_of(vcenter), place, file, meter, stop)
+        try:
+            result, verified = await in_thread(_fetched, stop, connection_of(vcenter), place, file, meter, stop)
+        except FileMissing as error:
+            if wanted.needed:
+                raise
+            get_run_logger().warning("gone vm=%s: %s", place.vm.moref, error.cause)
+            return None
     seconds = time.monotonic() - started
     get_run_logger().info(
         "downloaded vm=%s path=%r bytes=%d seconds=%.1f road=%s reason=%r",

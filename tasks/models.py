@@ -564,7 +564,8 @@ class DownloadJob(JobOptions):
     fail_on_missing: bool = Field(
         default=False,
         title="Fail on missing files",
-        description="Fail if a disk's file that the VM's configuration names is not there. Off: the report names it.",
+        description="Fail if a disk's file that the VM's configuration names is not there, or any file goes while the "
+        "run lasts. Off: the report names it; only a file that a disk is made of must not go.",
         examples=[False],
     )
     snapshot: bool = Field(

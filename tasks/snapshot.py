@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
@@ -61,18 +61,30 @@ async def point_in_time(
     what ended the block. Raises FenceClosed, SnapshotFailed, PermissionMissing, LicenceForbids.
     """
     try:
-        if options.snapshot_moref:
-            yield await use_snapshot(vcenter, vm, options.snapshot_moref)
-        else:
-            yield await hold_snapshot(vcenter, vm, options, name=name, before=before)
+        with kept_if_interrupted(give_up):
+            if options.snapshot_moref:
+                yield await use_snapshot(vcenter, vm, options.snapshot_moref)
+            else:
+                yield await hold_snapshot(vcenter, vm, options, name=name, before=before)
     except INTERRUPTIONS:
         get_run_logger().warning("kept for the next run vm=%s snapshot=%s for=%s", vm.moref, name, KEPT_FOR)
         raise
     except BaseException:
-        give_up()
         await to_the_end(_drop_on_the_way_out(vcenter, vm, name))
         raise
     await to_the_end(drop_snapshot(vcenter, vm, name))
+
+
+@contextmanager
+def kept_if_interrupted(give_up: Callable[[], None]) -> Iterator[None]:
+    """Call `give_up` where the block ends in anything but an interruption, after which the next run goes on."""
+    try:
+        yield
+    except INTERRUPTIONS:
+        raise
+    except BaseException:
+        give_up()
+        raise
 
 
 async def _drop_on_the_way_out(vcenter: VCenter, vm: VirtualMachine, name: str) -> None:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from uuid import UUID
 
@@ -23,6 +24,7 @@ from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 
 from blocks import VCenter
+from tasks.images.files import free_bytes, need_space
 from tasks.models import Connection, Trust
 from tasks.vsphere.session import Session, borrow
 
@@ -115,6 +117,15 @@ async def side_by_side(calls: Sequence[Callable[[], Awaitable[T]]], *, at_once: 
         first = failures.exceptions[0]
         raise first from first.__cause__
     return [task.result() for task in tasks]
+
+
+def check_room(folder: Path, *, sure_bytes: int, most_bytes: int) -> None:
+    """Raise DiskFull where `folder` has less room than is sure to be taken; say so where it has less than may be."""
+    need_space(folder, sure_bytes)
+    if (have := free_bytes(folder)) < most_bytes:
+        get_run_logger().warning(
+            "may not fit folder=%s bytes=%d free=%d: what is zero takes none", folder, most_bytes, have
+        )
 
 
 class Meter:

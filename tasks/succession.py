@@ -20,6 +20,7 @@ from pydantic import ConfigDict
 
 from blocks import VCenter
 from tasks.images.job import job_lock, last_holder, lock_holder
+from tasks.images.mirror import PARTS, forget
 from tasks.images.state import discard, read_state
 from tasks.models import Value
 from tasks.steps import on_vcenter, quietly
@@ -89,7 +90,8 @@ def _left_by(run_id: str, output_dir: Path) -> list[tuple[Path, dict[str, str]]]
 
 async def _remove(vcenter: VCenter, folder: Path, holder: dict[str, str]) -> None:
     with job_lock(folder, holder):
-        discard(folder)
+        give_up = forget if (folder / PARTS).is_dir() else discard
+        give_up(folder)
         await on_vcenter(vcenter, drop_snapshot, holder["vm"], name=holder["snapshot"])
 
 

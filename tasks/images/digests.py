@@ -15,7 +15,7 @@ from typing import Self
 from blake3 import blake3
 
 from tasks.errors import InvalidInput
-from tasks.images.files import naming_full_disk
+from tasks.images.files import naming_full_disk, new_file
 
 Buffer = bytes | bytearray | memoryview
 
@@ -58,11 +58,11 @@ class Digests:
 
     @classmethod
     def create(cls, path: Path, *, size: int) -> Self:
-        """Start a sidecar in which every leaf is zero; one that is there under this name is emptied."""
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
-        os.ftruncate(fd, HEADER_BYTES + leaf_count(size) * RECORD_BYTES)
-        os.pwrite(fd, _HEADER.pack(_MAGIC, FORMAT_VERSION, LEAF_BYTES, size), 0)
-        return cls(path, fd, size)
+        """Start a sidecar in which every leaf is zero; one of this name is emptied. Raises DiskFull."""
+        with new_file(path, need=HEADER_BYTES) as fd:
+            os.ftruncate(fd, HEADER_BYTES + leaf_count(size) * RECORD_BYTES)
+            os.pwrite(fd, _HEADER.pack(_MAGIC, FORMAT_VERSION, LEAF_BYTES, size), 0)
+            return cls(path, fd, size)
 
     @classmethod
     def open(cls, path: Path, *, writable: bool = False) -> Self:

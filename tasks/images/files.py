@@ -17,6 +17,7 @@ from tasks.errors import DiskFull, OutputExists
 
 PART = ".part"
 NAME_BYTES = 200  # of the 255 that Linux file systems allow: room for what other tools append
+BLOCK_BYTES = 4096  # of a file system: what a new name takes at most
 RENAME_NOREPLACE = 1  # linux/fs.h
 AT_FDCWD = -100
 
@@ -30,22 +31,38 @@ def part_of(final: Path) -> Path:
 
 
 def publish(part: Path, final: Path) -> None:
-    """Make `part` durable and name it `final`, durably. Raises OutputExists, and then `part` stays as it is."""
-    sync(part)
-    try:
-        _rename_without_replacing(part, final)
-    except FileExistsError as error:
-        raise OutputExists(path=str(final), why="something was put there during the run") from error
-    sync(final.parent)
+    """Make `part` durable and name it `final`, durably. Raises OutputExists, DiskFull; then `part` stays as it is."""
+    with naming_full_disk(final, need=BLOCK_BYTES):
+        sync(part)
+        try:
+            _rename_without_replacing(part, final)
+        except FileExistsError as error:
+            raise OutputExists(path=str(final), why="something was put there during the run") from error
+        sync(final.parent)
+
+
+@contextmanager
+def new_file(path: Path, *, need: int = BLOCK_BYTES) -> Iterator[int]:
+    """Yield the descriptor of an empty file, closed if the block fails; what was there under that name (a `*.part`)
+    is emptied. Raises DiskFull, where `need` bytes do not fit or the block says so.
+    """
+    with naming_full_disk(path, need=need):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
+        try:
+            yield fd
+        except BaseException:
+            os.close(fd)
+            raise
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`, whole and durable, or leave it as it was."""
-    part = part_of(path)
-    part.write_text(text, encoding="utf-8")
-    sync(part)
-    part.replace(path)
-    sync(path.parent)
+    """Replace `path` by `text`, whole and durable, or leave it as it was. Raises DiskFull."""
+    part, content = part_of(path), text.encode()
+    with naming_full_disk(path, need=len(content)):
+        part.write_bytes(content)
+        sync(part)
+        part.replace(path)
+        sync(path.parent)
 
 
 def sync(path: Path) -> None:
@@ -58,8 +75,8 @@ def sync(path: Path) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the bytes that this user may still write on the file system of `folder`."""
-    there = os.statvfs(folder)
+    """Return the bytes that this user may still write on the file system where `folder` is, or would be made."""
+    there = os.statvfs(next(each for each in (folder, *folder.absolute().parents) if each.exists()))
     return there.f_bavail * there.f_frsize
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from tasks.errors import JobLocked
+from tasks.images.files import BLOCK_BYTES, naming_full_disk
 
 OURS = ".hyper2kvm"  # begins the name of whatever a run leaves beside what it makes
 LOCK = f"{OURS}.lock"
@@ -50,14 +51,16 @@ def job_lock(folder: Path, holder: Mapping[str, str], *, heartbeat_s: float = HE
     The kernel holds the lock (flock), so it ends with the process. The file is touched every `heartbeat_s`, for people
     and for file systems whose locks outlive a host; it is emptied at the end, so that a name in a file which
     nobody holds is that of a dead one.
-    holder: flow run and whatever else tells an operator who it is. Raises JobLocked, naming the holder.
+    holder: flow run and whatever else tells an operator who it is. Raises JobLocked, naming the holder; DiskFull.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    with naming_full_disk(path, need=BLOCK_BYTES):
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         _take(fd, path)
-        _name_holder(fd, holder)
+        with naming_full_disk(path, need=BLOCK_BYTES):
+            _name_holder(fd, holder)
         try:
             with _beating(fd, heartbeat_s):
                 yield path

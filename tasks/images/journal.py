@@ -16,7 +16,7 @@ from typing import Self
 from blake3 import blake3
 
 from tasks.images.extents import merged
-from tasks.images.files import naming_full_disk, sync
+from tasks.images.files import BLOCK_BYTES, naming_full_disk, sync
 from tasks.models import Extent
 
 FORMAT_VERSION = 1
@@ -50,8 +50,12 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path, *, binding: Mapping[str, str | int]) -> Self:
-        """Open the journal of that binding at its last good record; any other, or a damaged one, is begun anew."""
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        """Open the journal of that binding at its last good record; any other, or a damaged one, is begun anew.
+
+        Raises DiskFull.
+        """
+        with naming_full_disk(path, need=BLOCK_BYTES):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             journal = cls(path, fd, json.dumps(dict(binding), sort_keys=True, separators=(",", ":")).encode())
             journal._load()

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from tasks.errors import OutputExists
 from tasks.images.digests import LEAF_BYTES, Digests, record_of
-from tasks.images.files import part_of, publish, sync, write_atomically
+from tasks.images.files import BLOCK_BYTES, naming_full_disk, part_of, publish, sync, write_atomically
 from tasks.images.job import LOCK
 from tasks.images.layout import DiskFiles
 from tasks.images.manifest import MANIFEST
@@ -24,6 +24,7 @@ from tasks.process import Stopped
 
 PARTS = ".hyper2kvm.parts"
 LANDING = ".hyper2kvm.landing.json"  # the manifest to be, while files get their names
+COARSEST_TIME_S = 2.0  # of the file systems that Linux writes to: FAT's
 
 
 def parts_of(folder: Path, file: DatastoreFile) -> DiskFiles:
@@ -31,21 +32,40 @@ def parts_of(folder: Path, file: DatastoreFile) -> DiskFiles:
     return DiskFiles(folder / PARTS, int.from_bytes(blake3(file.path.encode()).digest(length=6)))
 
 
+def begin(folder: Path) -> None:
+    """Make the folder that files arrive in, if it is missing. Raises DiskFull."""
+    with naming_full_disk(folder / PARTS, need=BLOCK_BYTES):
+        (folder / PARTS).mkdir(exist_ok=True)
+
+
 def known_files(folder: Path, *, vcenter_uuid: str, vm: VirtualMachine) -> dict[str, DownloadedFile]:
     """Return by path what earlier runs have downloaded of this VM into `folder`.
 
-    Raises OutputExists where the folder holds anything else.
+    Raises OutputExists where the folder holds anything else: also under a name that an earlier run meant to give.
     """
     known: dict[str, DownloadedFile] = {}
     for name in (MANIFEST, LANDING):
         manifest = _manifest(folder / name)
         if manifest and (manifest.vcenter_uuid, manifest.vm.instance_uuid) != (vcenter_uuid, vm.instance_uuid):
             raise OutputExists(path=folder / name, why="it is of another VM, or of one from another vCenter")
-        known |= {file.path: file for file in (*manifest.earlier, *manifest.files)} if manifest else {}
+        files = (*manifest.earlier, *manifest.files) if manifest else ()
+        known |= {file.path: file for file in files if name == MANIFEST or _was_named(folder / file.path, file)}
     for path in _all_in(folder):
         if path not in known:
             raise OutputExists(path=folder / path, why="no download of ours put it there")
     return known
+
+
+def _was_named(path: Path, file: DownloadedFile) -> bool:
+    """Tell whether a file has the size and time that ours get with their name: the list is written before that."""
+    if not file.modified or path.is_symlink() or not path.is_file():
+        return False
+    there = path.stat()
+    return there.st_size == file.size_bytes and abs(there.st_mtime - _time_of(file)) < COARSEST_TIME_S
+
+
+def _time_of(file: DatastoreFile) -> float:
+    return datetime.fromisoformat(file.modified).timestamp()
 
 
 def _manifest(path: Path) -> DownloadManifest | None:
@@ -108,8 +128,8 @@ def digest_of(path: Path, *, scratch: Path, stop: threading.Event) -> str:
 def land_files(folder: Path, manifest: DownloadManifest, known: Mapping[str, DownloadedFile]) -> None:
     """Give every file that has arrived its name, then write the manifest, and drop what files arrived in.
 
-    May be killed anywhere: what is half done is known to the next run. Only a file that a download of ours put there
-    is replaced. Raises OutputExists.
+    May be killed anywhere, or fail: what is half done is known to the next run. Only a file that a download of ours
+    put there is replaced. Raises OutputExists, DiskFull.
     """
     write_atomically(folder / LANDING, manifest.model_dump_json(indent=2) + "\n")
     for file in manifest.files:
@@ -117,14 +137,15 @@ def land_files(folder: Path, manifest: DownloadManifest, known: Mapping[str, Dow
         if part.exists():
             _name(part, folder / file.path, file, ours=file.path in known)
     write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+    (folder / LANDING).unlink()
     forget(folder)
 
 
 def _name(part: Path, final: Path, file: DownloadedFile, *, ours: bool) -> None:
-    final.parent.mkdir(parents=True, exist_ok=True)
+    with naming_full_disk(final, need=BLOCK_BYTES):
+        final.parent.mkdir(parents=True, exist_ok=True)
     if file.modified:
-        at = datetime.fromisoformat(file.modified).timestamp()
-        os.utime(part, (at, at))
+        os.utime(part, (_time_of(file), _time_of(file)))
     if ours and final.is_file() and not final.is_symlink():
         sync(part)
         part.replace(final)
@@ -134,9 +155,11 @@ def _name(part: Path, final: Path, file: DownloadedFile, *, ours: bool) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Drop what files arrived in, and what is known of a run under way. What has its name stays."""
-    for name in (STATE, LANDING):
-        (folder / name).unlink(missing_ok=True)
+    """Drop what files arrived in, and what is known of a run under way. What has its name stays, and known to be ours.
+
+    May be cut short anywhere, and called again.
+    """
+    (folder / STATE).unlink(missing_ok=True)
     sync(folder)
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     sync(folder)

@@ -46,6 +46,12 @@ def land_all(folder: Path, manifest: Manifest) -> None:
     discard(folder)
 
 
+def give_up(folder: Path) -> None:
+    """Forget the job of a folder, unless `land_all` was killed in it: names once given can only be gone on with."""
+    if not any(folder.glob("disk-*.digests")):
+        discard(folder)
+
+
 def _name(part: Path, final: Path) -> None:
     if not part.exists() and final.exists():
         return

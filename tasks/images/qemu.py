@@ -16,7 +16,7 @@ from typing import Literal
 
 from tasks import process
 from tasks.errors import DiskFull, FileLocked, IntegrityMismatch, ToolFailed, UnsupportedDisk
-from tasks.images.files import allocated_bytes, free_bytes, sync
+from tasks.images.files import allocated_bytes, free_bytes, need_space, sync
 from tasks.models import Compression, ImageFormat
 from tasks.nbd import NbdClient
 
@@ -25,6 +25,7 @@ START_S = 10.0  # for qemu-nbd to serve
 LOCK_S = 10.0  # for a process that is dying to let go of an image
 POLL_S = 0.05
 CONNECTIONS = 4
+EMPTY_BYTES = 4 * 64 * 1024  # of a qcow2: header, refcount table and block, L1 table, a cluster each
 
 _CORRUPT, _LEAKED = 2, 3  # exit statuses of qemu-img check (its man page)
 _QCOW2_HEADER = struct.Struct(">4sIQII Q 40x Q")  # docs/interop/qcow2.txt: up to the incompatible features
@@ -39,12 +40,16 @@ _ANYBODY = (100, 128)
 def create(path: Path, *, size: int) -> None:
     """Start an empty qcow2 image of `size` bytes in place of what is there, once no dying process holds that.
 
-    Raises FileLocked, ToolFailed.
+    Raises FileLocked, DiskFull, ToolFailed.
     """
     if path.exists():
         _wait_for_lock(path, read_only=False)
         path.unlink()
-    process.run(["qemu-img", "create", "-q", "-f", "qcow2", named(path), str(size)], package=PACKAGE)
+    try:
+        process.run(["qemu-img", "create", "-q", "-f", "qcow2", named(path), str(size)], package=PACKAGE)
+    except ToolFailed:
+        need_space(path.parent, EMPTY_BYTES)
+        raise
 
 
 def convert(

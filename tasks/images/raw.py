@@ -11,7 +11,7 @@ from typing import Self
 
 from tasks.errors import DiskFull
 from tasks.images.digests import Buffer
-from tasks.images.files import naming_full_disk
+from tasks.images.files import naming_full_disk, new_file
 
 PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01  # linux/falloc.h
 ZEROS = bytes(1024 * 1024)
@@ -34,10 +34,10 @@ class RawWriter:
 
     @classmethod
     def create(cls, path: Path, *, size: int) -> Self:
-        """Start an empty sparse file of `size` bytes; a left-over of that name (a `*.part`) is emptied first."""
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
-        os.ftruncate(fd, size)
-        return cls(path, fd, empty=True)
+        """Start an empty sparse file of `size` bytes; a left-over of that name is emptied first. Raises DiskFull."""
+        with new_file(path) as fd:
+            os.ftruncate(fd, size)
+            return cls(path, fd, empty=True)
 
     @classmethod
     def open(cls, path: Path) -> Self:

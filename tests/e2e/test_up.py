@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tasks.models import Manifest
+from tasks.models import DownloadManifest, Manifest
 from tests.e2e.processes import marked_processes
 from tests.e2e.screenshot import browser
 from tests.labs import ROOT, Lab
@@ -67,20 +68,22 @@ class Product:
         assert answer.is_success, answer.text
         return answer.json() if answer.content else None
 
-    def deployment(self) -> dict[str, Any]:
-        return dict(self.api("deployments/name/export/export"))
+    def deployment(self, name: str = "export/export") -> dict[str, Any]:
+        return dict(self.api(f"deployments/name/{name}"))
 
     def vcenter(self) -> dict[str, Any]:
         """Return the saved block, password and all, as only the API's `include_secrets` gives it."""
         blocks = self.api("block_documents/filter", include_secrets=True)
         return dict(next(block for block in blocks if block["name"] == "lab"))
 
-    def start(self, output: Path) -> str:
-        """Create a run as the form does; return its id."""
-        schema = self.deployment()["parameter_openapi_schema"]
+    def start(self, output: Path, *, deployment: str = "export/export", **options: Any) -> str:
+        """Create a run as the form does, `options` set in it beside what is required; return its id."""
+        found = self.deployment(deployment)
+        schema = found["parameter_openapi_schema"]
         block, values = self.vcenter()["id"], {"vm_name": VM, "output_dir": str(output)}
         parameters = fill_in(schema, schema["definitions"], values, block=block)
-        return str(self.api(f"deployments/{self.deployment()['id']}/create_flow_run", parameters=parameters)["id"])
+        parameters["options"] |= options
+        return str(self.api(f"deployments/{found['id']}/create_flow_run", parameters=parameters)["id"])
 
     def await_state(self, run: str, *wanted: str, timeout_s: float = RUN_TIMEOUT_S) -> dict[str, Any]:
         def reached() -> bool:
@@ -215,6 +218,27 @@ def test_a_run_from_the_forms_schema_completes(product: Product, busy_guest: Lab
     assert report["type"] == "markdown" and "disk-1.qcow2" in report["data"]
     names = {task["name"] for task in product.api("task_runs/filter", **mine)}
     assert run["name"] == f"export {VM}" and {f"transfer {VM} disk 0", f"transfer {VM} disk 1"} < names
+
+
+def test_a_download_from_the_forms_schema_completes(product: Product, busy_guest: Lab, tmp_path: Path) -> None:
+    started = product.start(tmp_path / "files", deployment="download-only/download-only", snapshot=True)
+    run = product.await_state(started, "Completed")
+    here, moref = tmp_path / "files" / VM, busy_guest.vm(VM)["moref"]
+    manifest = DownloadManifest.model_validate_json((here / "manifest.json").read_text())
+    assert manifest.snapshot and manifest.consistent
+    flats = [here / file.path for file in manifest.files if file.path.endswith("-flat.vmdk")]
+    assert len(flats) == 2
+    for disk, flat in enumerate(flats):
+        with flat.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        assert digest == busy_guest.sha256(moref, disk, manifest.snapshot.moref)
+    check_nothing_left(busy_guest)
+    artifacts = {artifact["key"]: artifact for artifact in artifacts_of(product, run["id"])}
+    for number in range(len(manifest.files)):
+        progress = artifacts[f"download-{moref}-{number}"]
+        assert (progress["type"], progress["data"]) == ("progress", 100)
+    report = artifacts[f"download-{moref}"]
+    assert report["type"] == "markdown" and flats[0].name in report["data"]
 
 
 def test_the_form_in_the_browser_starts_an_export(product: Product, busy_guest: Lab, tmp_path: Path) -> None:

@@ -16,14 +16,14 @@ pytestmark = [pytest.mark.anyio, pytest.mark.live, pytest.mark.usefixtures("pref
 
 MIB = 1024 * 1024
 SIZE = 96 * MIB
-SECTORS = 4096  # what a probe of every file reads is less
 SITE = {
     "datacenters": [
         {
             "name": "DC",
             "clusters": [{"name": "c", "hosts": ["esx1"]}],
             "vms": [
-                {"name": "thick", "power": "off", "disks": [{"size": SIZE, "data": SIZE}]},
+                {"name": "thick", "power": "off", "disks": [{"size": SIZE, "data": SIZE, "thin": False}]},
+                {"name": "hollow", "power": "off", "disks": [{"size": SIZE, "data": 4 * MIB, "thin": False}]},
                 {"name": "thin", "disks": [{"size": "1MiB"}, {"size": SIZE, "data": SIZE, "thin": True}]},
             ],
         }
@@ -56,12 +56,48 @@ def small(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize("copy", [export, download], ids=["export", "download"])
-async def test_what_cannot_fit_is_refused_before_the_first_byte(site, small, copy):
+COPIES = pytest.mark.parametrize("copy", [export, download], ids=["export", "download"])
+
+
+async def test_files_that_cannot_fit_are_refused_before_the_first_byte(site, small):
+    image = Path(site.state_dir) / "datastore1" / "hollow" / "install.iso"
+    with image.open("wb") as file:
+        file.truncate(SIZE)
+    try:
+        with pytest.raises(errors.DiskFull) as raised:
+            await download(site, small, "hollow")
+        assert raised.value.need >= SIZE > raised.value.have
+        assert site.stats()["bytes_served"] == 0
+        assert {path.name for path in (small / "hollow").iterdir()} == {".hyper2kvm.lock"}
+    finally:
+        image.unlink()
+    assert_nothing_left(site)
+
+
+@COPIES
+async def test_a_disk_without_a_byte_left_is_refused_before_the_first_byte(site, small, copy):
+    with pytest.raises(OSError, match="space"), (small / "ballast").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
     with pytest.raises(errors.DiskFull) as raised:
+        await copy(site, small, "hollow")
+    assert raised.value.need > raised.value.have == 0
+    assert site.stats()["bytes_served"] == 0
+    assert_nothing_left(site)
+
+
+@COPIES
+async def test_a_thick_disk_that_is_mostly_zeros_fits_in_less_than_its_capacity(site, small, copy):
+    manifest = await copy(site, small, "hollow")
+    assert manifest.consistent
+    assert_nothing_left(site)
+
+
+@COPIES
+async def test_a_vm_that_is_off_and_fills_the_disk_leaves_nothing(site, small, copy):
+    with pytest.raises(errors.DiskFull):
         await copy(site, small, "thick")
-    assert raised.value.need >= SIZE > raised.value.have
-    assert site.stats()["bytes_served"] < SECTORS
+    assert {path.name for path in (small / "thick").iterdir()} == {".hyper2kvm.lock"}
     assert_nothing_left(site)
 
 

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from tasks import errors
+from tasks.steps import METER_LISTENER, Meter
 from tests.runs import (
     assert_equal_to_the_guests_disks,
     assert_nothing_left,
@@ -36,7 +37,6 @@ TWO_SITES = {
                 {"name": "twin", "folder": "a", "disks": [{"size": "1MiB"}]},
                 {"name": "twin", "folder": "b", "disks": [{"size": "1MiB"}]},
                 {"name": "bare", "disks": []},
-                {"name": "thick", "disks": [{"size": "8MiB", "thin": False}]},
                 {"name": "stubborn", "quiesce": "fail", "disks": [{"size": "1MiB"}]},
                 {"name": "kept out", "disks": [{"size": "1MiB"}, {"size": "1MiB", "mode": "independent_persistent"}]},
             ],
@@ -333,7 +333,22 @@ async def test_a_bit_that_flips_in_the_target_is_found_before_the_final_name(lab
         lab.post("/faults", throttle_bytes_per_s=0)
         with pytest.raises(errors.IntegrityMismatch, match="the first at byte 0"):
             await running
-    assert not list(tmp_path.glob("demo/manifest.json")) + list(tmp_path.glob("demo/disk-?.raw"))
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {".hyper2kvm.lock"}
+    assert_nothing_left(lab)
+    assert (await export(lab, tmp_path, "demo", format="raw")).consistent
+
+
+@pytest.mark.parametrize("step", ["convert", "verify"])
+async def test_cancelled_after_the_last_byte_it_leaves_nothing(lab, tmp_path, step):
+    def cancel_in(meter: Meter) -> None:
+        if meter.label.startswith(step):
+            running.cancel()
+
+    METER_LISTENER.set(cancel_in)
+    running = asyncio.create_task(export(lab, tmp_path, "demo", compression="zstd"))
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {".hyper2kvm.lock"}
     assert_nothing_left(lab)
 
 
@@ -345,14 +360,6 @@ def small(tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], check=True)
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
-
-
-async def test_a_thick_disk_without_room_is_refused_before_the_first_byte(sites, small):
-    sites.post("/stats/reset")
-    with pytest.raises(errors.DiskFull, match="not enough room"):
-        await export(sites, small, "thick")
-    assert sites.stats()["bytes_served"] == 0
-    assert_nothing_left(sites)
 
 
 async def test_a_thin_disk_that_fills_the_target_is_named_and_leaves_nothing(lab, small):

@@ -14,6 +14,8 @@
 //	                                       the next such calls are answered that much later
 //	{"task_takes": {"method": "RemoveSnapshot_Task", "seconds": 5, "count": 1}}
 //	                                       the next such task (of taskMethods) runs that long before it does its work
+//	{"list_as": {"vmware.log": "gone.log"}}
+//	                                       the datastore browser lists a file under another name than it has
 //	{"merge_fails": 1}                     the next snapshot removal leaves its deltas: consolidationNeeded
 //	{"refuse_privilege": "Datastore.Browse"}   calls that need it answer NoPermission, /folder 403; see privileges
 //	{"hosts": "down"}                      until cleared, the ESXi hosts' own port: down: tickets name one where nobody
@@ -28,7 +30,9 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
+	"encoding/xml"
 	"fmt"
 	"net/http"
 	"reflect"
@@ -57,6 +61,8 @@ type faultRequest struct {
 	Hosts           string       `json:"hosts"`
 	CBT             *cbtTrouble  `json:"cbt"`
 	ResetCBT        bool         `json:"reset_cbt"`
+
+	ListAs map[string]string `json:"list_as"`
 }
 
 type delayMethod struct {
@@ -148,6 +154,7 @@ type faults struct {
 	hosts      string
 	cbt        cbtTrouble
 	taskFaults []*taskFault
+	listAs     map[string]string
 }
 
 func newFaults(l *lab) *faults { return &faults{lab: l, refused: map[string]bool{}} }
@@ -178,6 +185,9 @@ func (f *faults) set(r faultRequest) error {
 	if r.Throttle != nil {
 		f.throttle = *r.Throttle
 	}
+	if r.ListAs != nil {
+		f.listAs = r.ListAs
+	}
 	f.delays = appendDelay(f.delays, r.DelayMethod)
 	f.lengths = appendDelay(f.lengths, r.TaskTakes)
 	if r.RefusePrivilege != "" {
@@ -203,7 +213,7 @@ func (f *faults) clear() {
 	f.noLogin, f.throttle, f.hosts, f.cbt = false, 0, "", cbtTrouble{}
 	f.folder503, f.cut, f.stall, f.merge = countdown{}, countdown{}, countdown{}, countdown{}
 	f.refused, f.taskFaults = map[string]bool{}, nil
-	f.delays, f.lengths = nil, nil
+	f.delays, f.lengths, f.listAs = nil, nil, nil
 	f.lab.model.Service.ClearFaultRules()
 }
 
@@ -350,6 +360,27 @@ func (l *lab) guarded(method *simulator.Method) *types.ManagedObjectReference {
 		return &s.Vm
 	}
 	return &method.This
+}
+
+// listed is a reply of the datastore browser with its files under the names that list_as gives them.
+func (f *faults) listed(reply []byte) []byte {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if len(f.listAs) == 0 || !bytes.Contains(reply, []byte("HostDatastoreBrowserSearchResults")) {
+		return reply
+	}
+	for name, other := range f.listAs {
+		reply = bytes.ReplaceAll(reply, pathElement(name), pathElement(other))
+	}
+	return reply
+}
+
+func pathElement(name string) []byte {
+	var b bytes.Buffer
+	b.WriteString("<path>")
+	_ = xml.EscapeText(&b, []byte(name))
+	b.WriteString("</path>")
+	return b.Bytes()
 }
 
 // cbtTrouble is how answers about changed blocks are spoiled.

@@ -113,7 +113,7 @@ func (l *lab) serveSOAP(w http.ResponseWriter, r *http.Request, next http.Handle
 	r.Body = io.NopCloser(bytes.NewReader(request))
 	held := &heldReply{header: w.Header(), status: http.StatusOK}
 	next.ServeHTTP(held, r)
-	body := typeArrayMembers(fetchReply(request, held.body))
+	body := l.faults.listed(typeArrayMembers(fetchReply(request, held.body)))
 	head := string(body[:min(len(body), 1024)])
 	if held.status == http.StatusOK && strings.Contains(head, "<Login") {
 		l.stats.loggedIn()

@@ -5,7 +5,7 @@ import pytest
 from tasks.errors import OutputExists
 from tasks.images.layout import DiskFiles
 from tasks.images.manifest import MANIFEST, read_manifest
-from tasks.images.output import land_all, refuse_existing
+from tasks.images.output import give_up, land_all, refuse_existing
 from tasks.images.state import STATE, read_state, write_state
 from tests.unit.images.dying import every_death
 from tests.unit.images.test_manifest import DISK, MANIFEST_OF_VM
@@ -68,11 +68,23 @@ def test_killed_between_any_two_steps_the_next_run_lands_or_finds_it_landed(
 def test_a_name_that_was_taken_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     folder = verified(tmp_path / "vm")
     (folder / "disk-1.raw").write_text("somebody's")
-    with pytest.raises(OutputExists):
-        land_all(folder, LANDED)
-    assert (folder / "disk-1.raw").read_text() == "somebody's"
+    for _ in range(2):  # the next run of the job fares as this one
+        with pytest.raises(OutputExists):
+            land_all(folder, LANDED)
+        assert (folder / "disk-1.raw").read_text() == "somebody's"
+        assert DiskFiles(folder, 1).raw_part.read_text() == "disk-1.raw.part"
     assert (folder / STATE).exists()
     assert not (folder / MANIFEST).exists()
+
+
+def test_given_up_a_job_is_forgotten_unless_names_were_given(tmp_path: Path) -> None:
+    folder = verified(tmp_path / "vm")
+    DiskFiles(folder, 0).digests.touch()
+    give_up(folder)
+    assert read_state(folder) == ARRIVED
+    DiskFiles(folder, 0).digests.unlink()
+    give_up(folder)
+    assert names(folder) == set()
 
 
 def test_an_image_that_is_nowhere_is_an_error(tmp_path: Path) -> None:
