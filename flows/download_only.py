@@ -85,7 +85,8 @@ async def _arrived(
     """
     begin(place.folder)
     new = [file for file in plan.files if file.path not in known]
-    sure = [file for file in new if not file.path.endswith(MAY_BE_ZEROS)]
+    solid = () if options.overcommit else plan.thick
+    sure = [file for file in new if file.path in solid or not file.path.endswith(MAY_BE_ZEROS)]
     check_room(place.folder, sure_bytes=_missing_bytes(place, sure), most_bytes=_missing_bytes(place, new))
     wanted = [
         Wanted(

@@ -60,8 +60,9 @@ async def _arrived(vcenter: VCenter, job: Job, options: ExportJob) -> JobState:
         disks = await copyable_disks(vcenter, job.server, vm, snapshot)
         arriving = options.arrival_format
         parts = {disk: DiskFiles(folder, disk.index) for disk in disks}
-        most = sum(max(0, disk.capacity_bytes - allocated_bytes(parts[disk].part(arriving))) for disk in disks)
-        check_room(folder, sure_bytes=0, most_bytes=most)  # thick or thin, a disk may be all zeros, and they take none
+        room = {disk: disk.capacity_bytes - allocated_bytes(files.part(arriving)) for disk, files in parts.items()}
+        sure = 0 if options.overcommit else sum(max(0, room[disk]) for disk in disks if not disk.thin)
+        check_room(folder, sure_bytes=sure, most_bytes=sum(max(0, left) for left in room.values()))
         await probe(vcenter, vm, disks)
         state = job.state(snapshot, disks)
         write_state(folder, state)

@@ -71,6 +71,7 @@ def vsphere(
     compression: str = "none",
     transport: str = "auto",
     limit_rate: str = "",
+    overcommit: Annotated[bool, Parameter(negative=())] = False,
     connections: int = CONNECTIONS,
     no_host_tickets: Annotated[bool, Parameter(negative=())] = False,
     quiesce: Annotated[bool, Parameter(negative=())] = False,
@@ -125,6 +126,8 @@ def vsphere(
         Road of the disks' bytes: auto or folder.
     limit_rate
         Bytes a second that the whole run takes at most, such as 60MiB.
+    overcommit
+        Begin where the room is less than the capacity of thick disks: what is zero takes none.
     connections
         HTTPS connections that a disk or file is read over.
     no_host_tickets
@@ -167,6 +170,7 @@ def vsphere(
         "output_dir": output_dir,
         "transport": transport,
         "limit_rate": limit_rate,
+        "overcommit": overcommit,
         "format": format,
         "compression": compression,
         "quiesce": quiesce,

@@ -22,11 +22,12 @@ LIVE = "it is written by the running VM: its frozen base is here"
 
 
 class Plan(Value):
-    """What is downloaded. `own`: the paths of those files that disks are made of. `frozen`: the disks of the point in
-    time. `missing`: what the configuration names, as datastore paths."""
+    """What is downloaded. `own`: the paths of those files that disks are made of; `thick`: of disks that are not thin.
+    `frozen`: the disks of the point in time. `missing`: what the configuration names, as datastore paths."""
 
     files: tuple[DatastoreFile, ...]
     own: tuple[str, ...]
+    thick: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
     missing: tuple[str, ...]
     frozen: tuple[VirtualDisk, ...]
@@ -69,7 +70,9 @@ def _planned(session: Session, vm: VirtualMachine, options: DownloadJob, snapsho
         )
     patterns = [extents_of(path) for disk in (*live, *frozen) for path in (disk.datastore_path, *disk.parents)]
     own = tuple(file.path for file in files if _any(patterns, file))
-    return Plan(files=files, own=own, left_out=left_out, missing=missing, frozen=frozen)
+    solid = _patterns([disk for disk in frozen if not disk.thin])
+    thick = tuple(file.path for file in files if _any(solid, file))
+    return Plan(files=files, own=own, thick=thick, left_out=left_out, missing=missing, frozen=frozen)
 
 
 def _without_live(

@@ -258,7 +258,7 @@ class OutputExists(Hyper2KvmError):
 class DiskFull(Hyper2KvmError):
     """{path} has not enough room: {need} bytes needed, {have} there"""
 
-    remedy = "Make room, or choose another output folder"
+    remedy = "Make room, or choose another output folder; for thick disks that are mostly zeros: --overcommit"
 
 
 class ToolFailed(Hyper2KvmError):

@@ -444,6 +444,14 @@ class JobOptions(BaseModel):
         examples=["60MiB"],
     )
 
+    overcommit: bool = Field(
+        default=False,
+        title="Begin although it may not fit",
+        description="Thick disks count with their capacity, and the run is refused where that is not free here. On: it "
+        "begins, since what is zero takes no room, and fails if it does not fit.",
+        examples=[False],
+    )
+
     @property
     def bytes_per_s(self) -> int | None:
         """The rate limit; None where there is none."""
@@ -632,6 +640,7 @@ class ExportOptions(BaseModel):
     transport: str = "auto"
     vddk_libdir: Path | None = None
     limit_rate: str = ""
+    overcommit: bool = False
     format: str = "qcow2"
     compression: str = "none"
     quiesce: bool = False

@@ -87,8 +87,18 @@ async def test_a_disk_without_a_byte_left_is_refused_before_the_first_byte(site,
 
 
 @COPIES
+async def test_a_thick_disk_is_refused_before_the_first_byte_where_its_capacity_is_not_free(site, small, copy):
+    with pytest.raises(errors.DiskFull, match="--overcommit") as raised:
+        await copy(site, small, "thick")
+    assert raised.value.need >= SIZE > raised.value.have
+    assert site.stats()["bytes_served"] <= 512  # of the probe
+    assert {path.name for path in (small / "thick").iterdir()} == {".hyper2kvm.lock"}
+    assert_nothing_left(site)
+
+
+@COPIES
 async def test_a_thick_disk_that_is_mostly_zeros_fits_in_less_than_its_capacity(site, small, copy):
-    manifest = await copy(site, small, "hollow")
+    manifest = await copy(site, small, "hollow", overcommit=True)
     assert manifest.consistent
     assert_nothing_left(site)
 
@@ -96,7 +106,7 @@ async def test_a_thick_disk_that_is_mostly_zeros_fits_in_less_than_its_capacity(
 @COPIES
 async def test_a_vm_that_is_off_and_fills_the_disk_leaves_nothing(site, small, copy):
     with pytest.raises(errors.DiskFull):
-        await copy(site, small, "thick")
+        await copy(site, small, "thick", overcommit=True)
     assert {path.name for path in (small / "thick").iterdir()} == {".hyper2kvm.lock"}
     assert_nothing_left(site)
 
