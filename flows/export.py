@@ -9,6 +9,7 @@ from prefect import flow
 
 from blocks import VCenter
 from tasks.convert import land
+from tasks.describe import describe_domain
 from tasks.disks import copyable_disks
 from tasks.images.files import allocated_bytes, need_space
 from tasks.images.output import DiskFiles, refuse_existing
@@ -35,8 +36,8 @@ async def export_vm(vcenter: VCenter, options: ExportJob) -> Manifest:
 
     A snapshot freezes the VM, each disk is read by the road chosen, the snapshot is removed whatever happens,
     the images are read back and compared, and only then get their names: `<output folder>/<VM>/disk-<n>.qcow2`,
-    with `manifest.json` beside them. The source VM is left as it was. A run that was killed, or whose vCenter went
-    away, is gone on with by the next run to the same folder.
+    with `domain.xml`, which libvirt starts them by, and `manifest.json` beside them. The source VM is left as it was.
+    A run that was killed, or whose vCenter went away, is gone on with by the next run to the same folder.
 
     Args:
         vcenter: Where the VM is now: a saved vCenter, or a new one through Add.
@@ -81,6 +82,7 @@ async def _landed(vcenter: VCenter, state: JobState, folder: Path, options: Expo
     """Return the manifest of a job whose disks have arrived, once they have their final names."""
     calls = [partial(land, state.vm, each, DiskFiles(folder, each.disk.index), options) for each in state.arrivals]
     images = await side_by_side(calls, at_once=options.parallel_disks)
-    manifest = manifest_of(vcenter, state, tuple(images), options)
-    await commit(manifest, folder)
+    domain, xml = await describe_domain(state, images, folder, options)
+    manifest = manifest_of(vcenter, state, tuple(images), options, domain)
+    await commit(manifest, folder, xml)
     return manifest

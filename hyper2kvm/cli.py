@@ -71,6 +71,7 @@ def vsphere(
     vs_snapshot_moref: str | None = None,
     parallel_disks: int = 2,
     skip_readback: Annotated[bool, Parameter(negative=())] = False,
+    network_map: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     include_glob: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     exclude_glob: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     max_files: int = 1000,
@@ -125,6 +126,8 @@ def vsphere(
         Disks copied side by side.
     skip_readback
         Do not read the images back to verify them; the report says so.
+    network_map
+        Network of vSphere, colon, network of libvirt; may be given several times. Not named: libvirt's default.
     include_glob
         With download-vm: only files whose path in the VM's folder matches; may be given several times.
     exclude_glob
@@ -154,6 +157,7 @@ def vsphere(
         "snapshot_moref": vs_snapshot_moref,
         "parallel_disks": parallel_disks,
         "skip_readback": skip_readback,
+        "network_map": network_map,
         "include_glob": include_glob,
         "exclude_glob": exclude_glob,
         "max_files": max_files,

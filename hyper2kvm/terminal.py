@@ -106,6 +106,10 @@ def summary(manifest: Manifest | DownloadManifest, output_dir: Path, seconds: fl
     for image in manifest.disks:
         what = f"{image.virtual_size / MIB:,.0f} MiB, {image.format} {_passes(image)}"
         lines.append(f"  {image.path}  {what}, read back: {image.verified}, {image.digest}")
+    if domain := manifest.domain:
+        lines.append(f"  {domain.path}  {domain.name}, machine {domain.machine}")
+        lines += [f"  changed: {each}" for each in domain.changed]
+        lines += [f"  not carried over: {each}" for each in domain.not_carried]
     lines += [f"  note: {warning}" for warning in manifest.warnings]
     lines.append(f"{moved:,} bytes in {seconds:.1f} s ({moved / MIB / seconds:,.0f} MiB/s), verified")
     return lines

@@ -107,6 +107,8 @@ def _image(arrived: Arrival, image_format: ImageFormat, verified: ReadBack, *, c
     return DiskImage(
         index=disk.index,
         disk_key=disk.key,
+        controller_key=disk.controller_key,
+        unit_number=disk.unit_number,
         uuid=disk.uuid,
         change_id=disk.change_id,
         source=disk.datastore_path,

@@ -123,6 +123,7 @@ class Nic(Value):
     model: str
     mac: str | None
     network: str | None
+    connected: bool = True  # when the VM starts
 
 
 class Controller(Value):
@@ -133,8 +134,23 @@ class Controller(Value):
     bus: int
 
 
+class Device(Value):
+    """Another device that a VM has by choice; `model`: its vSphere type (`VirtualCdrom`), `backing`: what is in it."""
+
+    key: int
+    label: str
+    model: str
+    backing: str = ""
+    controller_key: int | None = None
+    unit_number: int | None = None
+
+
 class VirtualMachine(Value):
-    """One VM, where it lies, and what it is made of. Names are shown decoded (`%2f` is `/`)."""
+    """One VM, where it lies, and what it is made of. Names are shown decoded (`%2f` is `/`).
+
+    `boot_keys`: keys of the disks and network cards that it was told to boot from, first first. `cores_per_socket`: 0
+    where vSphere chooses. `devices`: what is neither disk, controller nor network card, and not on every board.
+    """
 
     moref: str
     name: str
@@ -147,13 +163,18 @@ class VirtualMachine(Value):
     vpx_uri: str
     power_state: Literal["poweredOn", "poweredOff", "suspended"]
     firmware: Literal["bios", "efi"]
+    secure_boot: bool = False
+    boot_keys: tuple[int, ...] = ()
     cpus: int
+    cores_per_socket: int = 0
     memory_mib: int
+    video_ram_kib: int = 0
     vmx_path: str
     guest_id: str = ""
     guest_addresses: tuple[str, ...] = ()
     controllers: tuple[Controller, ...] = ()
     nics: tuple[Nic, ...] = ()
+    devices: tuple[Device, ...] = ()
     cbt_enabled: bool = False
     change_version: str = ""
 
@@ -239,6 +260,8 @@ class DiskImage(Value):
 
     index: int
     disk_key: int
+    controller_key: int | None = None
+    unit_number: int | None = None
     uuid: str | None
     change_id: str | None
     source: str
@@ -253,6 +276,21 @@ class DiskImage(Value):
     seconds: float = 0.0
 
 
+class Domain(Value):
+    """What `path` (relative to the manifest's folder) has libvirt start, and how that differs from the source.
+
+    `networks`: libvirt's by the source's. `changed`: what is otherwise than it was. `not_carried`: what is not there.
+    """
+
+    path: str
+    name: str
+    uuid: str
+    machine: Literal["pc", "q35"]
+    networks: dict[str, str] = {}
+    changed: tuple[str, ...] = ()
+    not_carried: tuple[str, ...] = ()
+
+
 class Manifest(Value):
     """One VM at one point in time: enough for a later sync or verification to need nothing else."""
 
@@ -261,6 +299,7 @@ class Manifest(Value):
     vm: VirtualMachine
     snapshot: Snapshot | None
     disks: tuple[DiskImage, ...]
+    domain: Domain | None = None
     consistent: bool
     created: str
     warnings: tuple[str, ...] = ()
@@ -332,6 +371,14 @@ OptionalText = Annotated[str, BeforeValidator(lambda value: value or "")]
 def _bytes_of(rate: str) -> int:
     """Return what `60MiB` or `60MiB/s` is in bytes. Raises pydantic.ValidationError."""
     return int(TypeAdapter(ByteSize).validate_python(rate.removesuffix("/s")))
+
+
+def split_network(entry: str) -> tuple[str, str]:
+    """Return what `VM Network:lan` maps, and to which; the last colon counts. Raises ValueError."""
+    source, _, target = entry.rpartition(":")
+    if not (source and target.strip() and target.isprintable() and "/" not in target):
+        raise ValueError(f"{entry!r} is not a network of vSphere, a colon, and a network of libvirt (VM Network:lan)")
+    return source, target.strip()
 
 
 class JobOptions(BaseModel):
@@ -432,6 +479,25 @@ class ExportJob(JobOptions):
         description="Do not read the target again to verify it. The report says that it was skipped.",
         examples=[False],
     )
+    network_map: tuple[str, ...] = Field(
+        default=(),
+        title="Networks",
+        description="Which network of libvirt takes the place of one of vSphere's, each as VM Network:lan. A network "
+        "that is not named becomes libvirt's default.",
+        examples=[["VM Network:lan"]],
+    )
+
+    @property
+    def networks(self) -> dict[str, str]:
+        """libvirt's networks by vSphere's."""
+        return dict(split_network(each) for each in self.network_map)
+
+    @field_validator("network_map")
+    @classmethod
+    def _maps_networks(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        for each in entries:
+            split_network(each)
+        return entries
 
     @property
     def arrival_format(self) -> ArrivalFormat:
@@ -519,6 +585,7 @@ class ExportOptions(BaseModel):
     snapshot_moref: str | None = None
     parallel_disks: int = 2
     skip_readback: bool = False
+    network_map: tuple[str, ...] = ()
     include_glob: tuple[str, ...] = ()
     exclude_glob: tuple[str, ...] = ()
     max_files: int = 1000
