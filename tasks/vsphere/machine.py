@@ -55,7 +55,7 @@ def describe_vm(session: Session, moref: str) -> VirtualMachine:
     host, home = found["runtime.host"], names.home(found)
     known = ancestors(session, [each for each in (host, home) if each is not None])
     known[vm] = {"name": found["name"], "parent": home}
-    hardware = _hardware(found, _portgroups(session, found.get("network") or ()))
+    hardware = _hardware(found, portgroup_names(session, found.get("network") or ()))
     return VirtualMachine(**_identity(vm, found), **_place(session, vm, host, known), **hardware)
 
 
@@ -111,7 +111,7 @@ def _place(session: Session, vm: Any, host: Any, known: Mapping[Any, Mapping[str
     }
 
 
-def _portgroups(session: Session, networks: Iterable[Any]) -> dict[str, str]:
+def portgroup_names(session: Session, networks: Iterable[Any]) -> dict[str, str]:
     """Return names of distributed portgroups by moref, which is their key too; none where we may not look at them."""
     portgroups = [each for each in networks if isinstance(each, vim.dvs.DistributedVirtualPortgroup)]
     try:
