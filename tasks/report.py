@@ -11,6 +11,7 @@ from prefect.artifacts import acreate_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from blocks import VCenter
+from tasks.images.domain import UNKNOWN_FORMATS
 from tasks.images.output import MANIFEST, land_all
 from tasks.images.state import JobState
 from tasks.models import DiskImage, Domain, ExportJob, Manifest, Snapshot
@@ -57,8 +58,8 @@ def _warnings(
         warnings.append("No snapshot was taken: the licence allows none, and the VM was off.")
     elif options.quiesce and not snapshot.quiesced:
         warnings.append("The guest could not be quiesced: the copy is crash-consistent.")
-    if any(image.format == "vhdx" for image in images):
-        warnings.append("There is no domain.xml: libvirt has no vhdx disks.")
+    if options.format in UNKNOWN_FORMATS:
+        warnings.append(f"There is no domain.xml: libvirt has no {options.format} disks.")
     if any(image.verified == "skipped" for image in images):
         warnings.append("The images were not read back: the operator skipped it.")
     if any(image.verified == "cached" for image in images):

@@ -20,6 +20,7 @@ from tasks.text import one_line
 
 DOMAIN = "domain.xml"
 DEFAULT_NETWORK = "default"  # libvirt's own, there on most hosts
+UNKNOWN_FORMATS = ("vhdx",)  # that libvirt has no disks of
 VIDEO_KIB = 16 * 1024
 
 _NICS = {

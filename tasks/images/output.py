@@ -43,7 +43,7 @@ def land_all(folder: Path, manifest: Manifest, domain_xml: str) -> None:
     for image in manifest.disks:
         files = DiskFiles(folder, image.index)
         _name(files.digests_part, files.digests)
-        _name(files.converted if image.converted else files.part(image.format), files.final(image.format))
+        _name(files.unnamed(image.format, converted=image.converted), files.final(image.format))
     sync(folder)
     if manifest.domain:
         write_atomically(folder / manifest.domain.path, domain_xml)

@@ -8,16 +8,19 @@ from xml.etree.ElementTree import Element
 import pytest
 from pyVmomi import vim
 
+from tasks.images.manifest import read_manifest
+from tasks.report import markdown
 from tasks.vsphere import machine, session
 from tasks.vsphere.disks import live_disks
 from tasks.vsphere.properties import retrieve
-from tests.domains import HOSTILE, SCENARIO, TEN, described
+from tests.domains import HOSTILE, SCENARIO, TEN, assert_valid, described
 from tests.integration.test_control_plane import connection_to
 from tests.integration.test_inventory import virsh
 from tests.labs import running_lab
-from tests.runs import faults
+from tests.runs import export, faults
+from tests.unit.images.test_esp import disk
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.anyio, pytest.mark.live]
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +127,49 @@ def test_what_does_not_come_along_is_named(domain_of):
         "The secrets in the virtual TPM", "UEFI variables, such as boot entries"
     ]  # fmt: skip
     assert xml.find("devices/tpm/backend").get("version") == "2.0"
+
+
+# ── what an export leaves ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.usefixtures("prefect_api")
+@pytest.mark.parametrize("loader", ["EFI/BOOT/BOOTX64.EFI", None], ids=["with a loader", "with none"])
+async def test_an_export_names_the_images_and_says_whether_the_firmware_finds_a_loader(new_lab, tmp_path, loader):
+    vm = {"name": "uefi", "firmware": "efi", "power": "off", "disks": [{"from": str(disk(tmp_path, loader=loader))}]}
+    lab = new_lab(scenario=one_vm(vm))
+    manifest = await export(lab, tmp_path / "out", "uefi", network_map=("VM Network:lan",))
+    folder = tmp_path / "out" / "uefi"
+    assert_valid(folder / "domain.xml")
+    xml = ElementTree.parse(folder / "domain.xml")
+    assert xml.find("devices/disk/source").get("file") == str(folder / "disk-0.qcow2")
+    assert xml.find("devices/interface/source").get("network") == "lan"
+    assert xml.findtext("uuid") == manifest.domain.uuid == manifest.vm.bios_uuid
+    assert read_manifest(folder).domain == manifest.domain
+    missing = [line for line in manifest.domain.not_carried if line.startswith("A boot entry:")]
+    assert len(missing) == (loader is None)
+    report = markdown(manifest, folder)
+    assert "| Network | VM Network → lan |" in report
+    assert report.count("\n- ") == len(manifest.domain.not_carried)
+
+
+@pytest.mark.usefixtures("prefect_api")
+async def test_a_missing_tool_costs_the_look_at_the_loader_and_not_the_export(tmp_path, monkeypatch):
+    monkeypatch.setattr("tasks.images.esp._MTOOLS", ["env", "nobody-has-this"])
+    image = disk(tmp_path)
+    lab_vm = {"name": "uefi", "firmware": "efi", "power": "off", "disks": [{"from": str(image)}]}
+    with running_lab(scenario=one_vm(lab_vm)) as lab:
+        manifest = await export(lab, tmp_path / "out", "uefi")
+    assert any("was not looked for" in line for line in manifest.domain.not_carried)
+
+
+@pytest.mark.usefixtures("prefect_api")
+async def test_a_copy_of_somebody_elses_snapshot_says_that_the_others_stay(new_lab, tmp_path):
+    vm = {"name": "old", "snapshots": [{"name": "before", "writes": "64KiB"}], "disks": [{"size": "1MiB"}]}
+    lab = new_lab(scenario=one_vm(vm))
+    moref = lab.govc("snapshot.tree", "-vm", "old", "-i").split("[")[1].partition("]")[0]
+    manifest = await export(lab, tmp_path, "old", snapshot_moref=moref)
+    assert "The VM's snapshots: the disks are those of before" in manifest.domain.not_carried
+
+
+def one_vm(vm: dict) -> dict:
+    return {"datacenters": [{"name": "DC", "clusters": [{"name": "c", "hosts": ["esx1"]}], "vms": [vm]}]}
