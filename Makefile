@@ -6,10 +6,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 
-# qemu-utils: qemu-img and qemu-nbd. util-linux: setpriv, partx. mtools: looks for a boot loader. The rest judges the lab from outside, or draws the UI.
+# qemu-utils: qemu-img and qemu-nbd. util-linux: setpriv, partx. mtools: looks for a boot loader.
+# libvirt-clients: virsh. The rest judges the lab from outside, or draws the UI.
 # Debian's own Python comes without venv, which is a package of its own there.
-APT := qemu-utils util-linux mtools $(shell python3 -c 'import venv, ensurepip' 2>/dev/null || echo python3-venv)
-APT_TEST := libvirt-clients libxml2-utils openssl procps curl e2fsprogs fdisk mount
+APT := qemu-utils util-linux mtools libvirt-clients $(shell python3 -c 'import venv, ensurepip' 2>/dev/null || echo python3-venv)
+APT_TEST := libxml2-utils openssl procps curl e2fsprogs fdisk mount
 APT_E2E := chromium
 APT_BENCH := nginx-light libnbd-bin
 

@@ -9,6 +9,7 @@ from prefect import flow
 
 from blocks import VCenter
 from tasks.convert import land
+from tasks.define import check_definable, define
 from tasks.describe import describe_domain
 from tasks.disks import copyable_disks
 from tasks.images.files import allocated_bytes, need_space
@@ -44,8 +45,12 @@ async def export_vm(vcenter: VCenter, options: ExportJob) -> Manifest:
         options: Which VM to export, where to, and how.
     """
     async with job_at_work(vcenter, options) as job:
+        await check_definable(job.vm, job.folder, options)
         state = await _arrived(vcenter, job, options)
-        return await _landed(vcenter, state, job.folder, options)
+        manifest = await _landed(vcenter, state, job.folder, options)
+        if options.define:
+            await define(vcenter, manifest, job.folder, options)
+        return manifest
 
 
 async def _arrived(vcenter: VCenter, job: Job, options: ExportJob) -> JobState:

@@ -72,6 +72,9 @@ def vsphere(
     parallel_disks: int = 2,
     skip_readback: Annotated[bool, Parameter(negative=())] = False,
     network_map: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    define: Annotated[bool, Parameter(negative=())] = False,
+    libvirt_uri: str = "qemu:///system",
+    define_while_source_runs: Annotated[bool, Parameter(negative=())] = False,
     include_glob: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     exclude_glob: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     max_files: int = 1000,
@@ -128,6 +131,12 @@ def vsphere(
         Do not read the images back to verify them; the report says so.
     network_map
         Network of vSphere, colon, network of libvirt; may be given several times. Not named: libvirt's default.
+    define
+        Put the exported domain into libvirt, not started; refused while the source VM is powered on.
+    libvirt_uri
+        The libvirt that --define means.
+    define_while_source_runs
+        Define it although the source VM is powered on.
     include_glob
         With download-vm: only files whose path in the VM's folder matches; may be given several times.
     exclude_glob
@@ -158,6 +167,9 @@ def vsphere(
         "parallel_disks": parallel_disks,
         "skip_readback": skip_readback,
         "network_map": network_map,
+        "define": define,
+        "libvirt_uri": libvirt_uri,
+        "define_while_source_runs": define_while_source_runs,
         "include_glob": include_glob,
         "exclude_glob": exclude_glob,
         "max_files": max_files,
@@ -230,7 +242,7 @@ def _run_mode(options: ExportOptions, settings: Settings, *, json: bool) -> int:
         print(manifest.model_dump_json(indent=2))
     else:
         console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-        for line in summary(manifest, job.output_dir, time.monotonic() - started):
+        for line in summary(manifest, job, time.monotonic() - started):
             console.print(one_line(line))
     return 0
 

@@ -25,6 +25,7 @@
     ├── IntegrityMismatch            what was written is not what was read
     ├── JobLocked                    another run of the same job is at work
     ├── OutputExists
+    ├── NotDefined                   an exported VM that is not put into libvirt
     ├── DiskFull
     └── ToolFailed                   a program that we ran, with its last lines
 
@@ -233,6 +234,12 @@ class OutputExists(Hyper2KvmError):
     """{path} exists already: {why}"""
 
     remedy = "Choose another output folder, or move it away (a finished copy is never deleted by us)"
+
+
+class NotDefined(Hyper2KvmError):
+    """{name} is not defined in libvirt ({uri}): {reason}"""
+
+    remedy = "{remedy}"
 
 
 class DiskFull(Hyper2KvmError):

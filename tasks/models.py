@@ -487,6 +487,28 @@ class ExportJob(JobOptions):
         examples=[["VM Network:lan"]],
     )
 
+    define: bool = Field(
+        default=False,
+        title="Define in libvirt",
+        description="Put the exported domain into libvirt, not started. Refused before the first byte while the "
+        "source VM is powered on.",
+        examples=[True],
+    )
+    libvirt_uri: str = Field(
+        default="qemu:///system",
+        title="libvirt",
+        description="URI of the libvirt that the domain is defined in.",
+        examples=["qemu:///system"],
+        min_length=1,
+    )
+    define_while_source_runs: bool = Field(
+        default=False,
+        title="Define while the source runs",
+        description="Define the domain although its source is powered on: whoever starts it then has the same MACs, "
+        "addresses and identity twice.",
+        examples=[False],
+    )
+
     @property
     def networks(self) -> dict[str, str]:
         """libvirt's networks by vSphere's."""
@@ -503,6 +525,12 @@ class ExportJob(JobOptions):
     def arrival_format(self) -> ArrivalFormat:
         """The format in which disks arrive: the one asked for, where one pass can write that."""
         return "qcow2" if self.format == "qcow2" and self.compression == "none" else "raw"
+
+    @model_validator(mode="after")
+    def _definable(self) -> Self:
+        if self.define and self.format == "vhdx":
+            raise ValueError("libvirt has no vhdx disks, so there is no domain to define: choose another format")
+        return self
 
     @model_validator(mode="after")
     def _compressible(self) -> Self:
@@ -586,6 +614,9 @@ class ExportOptions(BaseModel):
     parallel_disks: int = 2
     skip_readback: bool = False
     network_map: tuple[str, ...] = ()
+    define: bool = False
+    libvirt_uri: str = "qemu:///system"
+    define_while_source_runs: bool = False
     include_glob: tuple[str, ...] = ()
     exclude_glob: tuple[str, ...] = ()
     max_files: int = 1000

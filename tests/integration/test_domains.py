@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 import pytest
 from pyVmomi import vim
 
+from tasks.errors import NotDefined, ToolFailed
 from tasks.images.manifest import read_manifest
 from tasks.report import markdown
 from tasks.vsphere import machine, session
@@ -16,9 +18,11 @@ from tasks.vsphere.properties import retrieve
 from tests.domains import HOSTILE, SCENARIO, TEN, assert_valid, described
 from tests.integration.test_control_plane import connection_to
 from tests.integration.test_inventory import virsh
+from tests.integration.test_scenarios import refused_before_the_first_byte
 from tests.labs import running_lab
-from tests.runs import export, faults
+from tests.runs import assert_nothing_left, export, faults
 from tests.unit.images.test_esp import disk
+from tests.unit.test_process import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.live]
 
@@ -173,3 +177,52 @@ async def test_a_copy_of_somebody_elses_snapshot_says_that_the_others_stay(new_l
 
 def one_vm(vm: dict) -> dict:
     return {"datacenters": [{"name": "DC", "clusters": [{"name": "c", "hosts": ["esx1"]}], "vms": [vm]}]}
+
+
+# ── into libvirt ─────────────────────────────────────────────────────────────────────────────────────
+
+TWINS = {"vms": [{"name": name, "power": power, "disks": [{"size": "1MiB"}]} for name, power in
+         (("off", "off"), ("on", "on"), ("test", "off"))]}  # fmt: skip
+LIBVIRT = "test:///default"  # libvirt's own, which has a domain named test
+
+
+@pytest.fixture(scope="module")
+def twins():
+    site = {"name": "DC", "clusters": [{"name": "c", "hosts": ["esx1"]}]}
+    with running_lab(scenario={"datacenters": [site | TWINS]}) as lab:
+        yield lab
+
+
+@pytest.mark.usefixtures("prefect_api")
+async def test_a_domain_is_defined_unless_its_source_runs_and_then_when_told_to(twins, tmp_path):
+    await export(twins, tmp_path, "off", define=True, libvirt_uri=LIBVIRT)
+    with refused_before_the_first_byte(twins, tmp_path / "no", NotDefined, "on is not .*powered on") as caught:
+        await export(twins, tmp_path / "no", "on", define=True, libvirt_uri=LIBVIRT)
+    assert "--define-while-source-runs" in caught.value.remedy
+    await export(twins, tmp_path, "on", define=True, libvirt_uri=LIBVIRT, define_while_source_runs=True)
+    assert_nothing_left(twins)
+
+
+@pytest.mark.usefixtures("prefect_api")
+@pytest.mark.parametrize(("uri", "kind", "why"), [
+    (LIBVIRT, NotDefined, "there is a domain 'test'"), ("test:///nowhere", ToolFailed, "virsh failed"),
+])  # fmt: skip
+async def test_what_stands_in_a_domains_way_is_found_before_the_first_byte(twins, tmp_path, uri, kind, why):
+    with refused_before_the_first_byte(twins, tmp_path, kind, why):
+        await export(twins, tmp_path, "test", define=True, libvirt_uri=uri)
+
+
+@pytest.mark.usefixtures("prefect_api")
+async def test_a_source_that_was_started_meanwhile_keeps_its_copy_from_being_defined(twins, tmp_path):
+    with faults(twins, throttle_bytes_per_s=200_000):
+        copying = asyncio.create_task(export(twins, tmp_path, "off", define=True, libvirt_uri=LIBVIRT))
+        await asyncio.to_thread(until, (tmp_path / "off" / "disk-0.journal").exists, 60)
+        twins.govc("vm.power", "-on", "off")
+        try:
+            with pytest.raises(NotDefined, match=r"powered on.*the export itself is complete") as caught:
+                await copying
+        finally:
+            twins.govc("vm.power", "-off", "off")
+    assert f"virsh -c {LIBVIRT} define {tmp_path}/off/domain.xml" in caught.value.remedy
+    assert read_manifest(tmp_path / "off").domain
+    assert_nothing_left(twins)

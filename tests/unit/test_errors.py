@@ -33,6 +33,7 @@ EXAMPLES = {
     errors.IntegrityMismatch: {"path": "disk-0.raw", "where": "offset 0"},
     errors.JobLocked: {"path": "/data/web", "holder": "pid 7"},
     errors.OutputExists: {"path": "/data/web", "why": "an earlier export"},
+    errors.NotDefined: {"name": "web", "uri": "qemu:///system", "reason": "it is there", "remedy": "Rename it"},
     errors.DiskFull: {"path": "/data", "need": 10, "have": 5},
     errors.ToolFailed: {"argv": ("qemu-img", "convert"), "status": 1, "last_lines": ("no such file",)},
 }
