@@ -11,27 +11,31 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from cyclopts import App, Parameter
 from pydantic import ValidationError
-from rich.console import Console
 
 from hyper2kvm import __version__
 from hyper2kvm.settings import Settings, password_from
-from hyper2kvm.terminal import Board, show_error, stderr, summary
-from tasks.errors import Hyper2KvmError, InvalidInput, NotBuilt
-from tasks.models import DownloadManifest, ExportOptions, Manifest
+from hyper2kvm.terminal import Board, show_error, show_verification, stderr, stdout, summary
+from tasks.errors import Hyper2KvmError, IntegrityMismatch, InvalidInput, NotBuilt
+from tasks.images.job import nobody_at_work
+from tasks.images.manifest import read_manifest
+from tasks.models import DownloadManifest, ExportOptions, Manifest, Verification, VerifyJob
 from tasks.text import one_line
 
-LATER_ACTIONS = ("vddk-export", "cbt-sync", "preflight", "verify", "boot-check")
+LATER_ACTIONS = ("vddk-export", "cbt-sync", "preflight", "boot-check")
 MODES = {"export-vm": "export", "download-vm": "download_only"}
+ACTIONS = (*MODES, "verify", "list-vms")
 INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
 
 T = TypeVar("T")
+FlowCall = Callable[[], Awaitable[T]]
 
 app = App(
     name="hyper2kvm",
@@ -49,12 +53,12 @@ def main(argv: list[str] | None = None) -> int:
 
 @app.command
 def vsphere(
-    glob: str = "*",
+    what: str | None = None,
     /,
     *,
     vs_action: str,
-    vcenter: str,
-    username: str,
+    vcenter: str | None = None,
+    username: str | None = None,
     password_file: Path | None = None,
     port: int | None = None,
     ca_file: str | None = None,
@@ -81,6 +85,9 @@ def vsphere(
     concurrency: int = 3,
     fail_on_missing: Annotated[bool, Parameter(negative=())] = False,
     snapshot: Annotated[bool, Parameter(negative=())] = False,
+    against_source: Annotated[bool, Parameter(negative=())] = False,
+    sample: int = 64,
+    seed: int = 0,
     json: Annotated[bool, Parameter(negative=())] = False,
     debug: Annotated[bool, Parameter(negative=())] = False,
     vddk_libdir: Annotated[Path | None, Parameter(show=False)] = None,
@@ -89,12 +96,12 @@ def vsphere(
 
     Parameters
     ----------
-    glob
-        With list-vms: only VMs whose name or inventory path matches.
+    what
+        With list-vms: a pattern, only VMs whose name or inventory path matches. With verify: the folder of a copy.
     vs_action
-        export-vm, download-vm or list-vms.
+        export-vm, download-vm, verify or list-vms.
     vcenter
-        Name or address; host:port is understood.
+        Name or address; host:port is understood. verify needs it only with --against-source.
     username
         Account to log in with.
     password_file
@@ -149,6 +156,12 @@ def vsphere(
         With download-vm: fail where a disk's file that the configuration names is not there.
     snapshot
         With download-vm: freeze a running VM by a snapshot for the duration.
+    against_source
+        With verify: also read a random sample of each disk at the source, while it still holds what was copied.
+    sample
+        With --against-source: leaves of 256 KiB to read of each disk.
+    seed
+        With --against-source: of the sample, to read the same one again; 0 is another each time.
     json
         Print the result (or the error) as JSON on stdout.
     debug
@@ -179,10 +192,11 @@ def vsphere(
     }
 
     def settings() -> Settings:
+        host, user = _given("--vcenter", vcenter, vs_action), _given("--username", username, vs_action)
         return Settings(
-            host=vcenter,
-            username=username,
-            password=password_from(password_file, username=username, host=vcenter),
+            host=host,
+            username=user,
+            password=password_from(password_file, username=user, host=host),
             port=port,
             ca_file=ca_file,
             thumbprint=thumbprint,
@@ -194,12 +208,15 @@ def vsphere(
             mode = {"export_mode": MODES[vs_action]}
             return _run_mode(_checked(options | mode, vs_action), settings(), json=json)
         if vs_action == "list-vms":
-            return _list(glob, settings(), json=json)
+            return _list(what or "*", settings(), json=json)
+        if vs_action == "verify":
+            folder = Path(_given("The folder", what, vs_action)).absolute()
+            job = VerifyJob(folder=folder, against_source=against_source, sample=sample, seed=seed)
+            return _verify(job, settings() if against_source else None, json=json)
+        actions = f"{', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}"
         if vs_action in LATER_ACTIONS:
-            raise NotBuilt(what=f"--vs-action {vs_action}", instead=f"{', '.join(MODES)} or list-vms")
-        raise InvalidInput(
-            what="--vs-action", why=f"unknown {vs_action!r}", remedy=f"Use {', '.join(MODES)} or list-vms"
-        )
+            raise NotBuilt(what=f"--vs-action {vs_action}", instead=actions)
+        raise InvalidInput(what="--vs-action", why=f"unknown {vs_action!r}", remedy=f"Use {actions}")
 
     _quiet_logs(debug)
     return _at_the_edge(act, json=json, debug=debug)
@@ -207,9 +224,14 @@ def vsphere(
 
 def _checked(options: dict[str, Any], action: str) -> ExportOptions:
     for flag, field in (("--vs-vm-name", "vm_name"), ("--output-dir", "output_dir")):
-        if options[field] is None:
-            raise InvalidInput(what=flag, why=f"{action} needs it", remedy="See --help")
+        _given(flag, options[field], action)
     return ExportOptions(**options)
+
+
+def _given(flag: str, value: T | None, action: str) -> T:
+    if value is None:
+        raise InvalidInput(what=flag, why=f"{action} needs it", remedy="See --help")
+    return value
 
 
 def _list(glob: str, settings: Settings, *, json: bool) -> int:
@@ -228,23 +250,59 @@ def _list(glob: str, settings: Settings, *, json: bool) -> int:
 def _run_mode(options: ExportOptions, settings: Settings, *, json: bool) -> int:
     job = options.job()
     started = time.monotonic()
-    with Board(stderr()) as board:
-        board.say("Loading Prefect")
-        from flows.run import flow_of, run_flow
-        from tasks.steps import METER_LISTENER
 
-        async def run() -> Manifest | DownloadManifest:
-            METER_LISTENER.set(board.listen)
-            return await run_flow(flow_of(job), say=board.say, vcenter=settings.vcenter(), options=job)
+    def flow() -> FlowCall[Manifest | DownloadManifest]:
+        from flows.run import flow_of
 
-        manifest = _run(run(), say=board.say)
+        return partial(flow_of(job), vcenter=settings.vcenter(), options=job)
+
+    manifest = _shown(flow)
     if json:
         print(manifest.model_dump_json(indent=2))
     else:
-        console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+        console = stdout()
         for line in summary(manifest, job, time.monotonic() - started):
             console.print(one_line(line))
     return 0
+
+
+def _verify(job: VerifyJob, settings: Settings | None, *, json: bool) -> int:
+    """Run a verification and print what it found, equal or not; the failure itself is told on stderr."""
+
+    def flow() -> FlowCall[Verification]:
+        from flows.verify import verify_copy
+
+        return partial(verify_copy, options=job, vcenter=settings.vcenter() if settings else None)
+
+    with nobody_at_work(job.folder):
+        read_manifest(job.folder)  # what is no copy is refused before Prefect is loaded
+    failure: IntegrityMismatch | None = None
+    try:
+        found = _shown(flow)
+    except IntegrityMismatch as error:
+        failure, found = error, error.found
+    if json:
+        told = _as_json(failure) if failure else {}
+        print(jsonlib.dumps(told | found.model_dump(mode="json"), indent=2))
+    else:
+        show_verification(found, stdout())
+    if failure:
+        _tell(failure, json=False)
+    return failure.exit_status if failure else 0
+
+
+def _shown(flow: Callable[[], FlowCall[T]]) -> T:
+    """Load Prefect, run the flow that `flow` then returns, with its meters and lines shown, and return its result."""
+    with Board(stderr()) as board:
+        board.say("Loading Prefect")
+        from flows.run import run_flow
+        from tasks.steps import METER_LISTENER
+
+        async def run() -> T:
+            METER_LISTENER.set(board.listen)
+            return await run_flow(flow(), say=board.say)
+
+        return _run(run(), say=board.say)
 
 
 def _run(work: Coroutine[Any, Any, T], *, say: Callable[[str], None]) -> T:
@@ -309,10 +367,13 @@ def _at_the_edge(act: Callable[[], int], *, json: bool, debug: bool) -> int:
 
 def _tell(error: Hyper2KvmError, *, json: bool) -> None:
     if json:
-        told = {"error": type(error).__name__, "cause": error.cause, "remedy": error.remedy, "detail": error.detail}
-        print(jsonlib.dumps(told))
+        print(jsonlib.dumps(_as_json(error)))
     console = stderr()
     show_error(error, say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+
+
+def _as_json(error: Hyper2KvmError) -> dict[str, Any]:
+    return {"error": type(error).__name__, "cause": error.cause, "remedy": error.remedy, "detail": error.detail}
 
 
 def _quiet_logs(debug: bool) -> None:

@@ -8,8 +8,9 @@ import logging
 from pydantic import SecretStr
 
 from flows.run import flow_of, run_flow
+from flows.verify import verify_copy
 from hyper2kvm.settings import Settings, password_from
-from tasks.models import DownloadManifest, ExportOptions, Manifest
+from tasks.models import DownloadManifest, ExportOptions, Manifest, Verification, VerifyJob
 
 log = logging.getLogger(__name__)
 
@@ -58,3 +59,15 @@ class VMwareClient:
     def export_vm(self, options: ExportOptions) -> Manifest | DownloadManifest:
         """The same, blocking."""
         return asyncio.run(self.async_export_vm(options))
+
+    async def async_verify(self, job: VerifyJob) -> Verification:
+        """Prove again that a copy is what was copied, and say what was read; raise IntegrityMismatch where it is not.
+
+        The vCenter is asked only where `job.against_source` says so.
+        """
+        vcenter = self._settings.vcenter() if job.against_source else None
+        return await run_flow(verify_copy, say=log.info, options=job, vcenter=vcenter)
+
+    def verify(self, job: VerifyJob) -> Verification:
+        """The same, blocking."""
+        return asyncio.run(self.async_verify(job))

@@ -10,14 +10,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import TransferSpeedColumn as SpeedColumn
+from rich.table import Table
 
 from tasks.errors import Hyper2KvmError
 from tasks.images.files import safe_name
-from tasks.models import DiskImage, Domain, DownloadManifest, ExportJob, JobOptions, Manifest
+from tasks.images.prove import in_words, sample_in_words, wrong_leaves
+from tasks.models import DiskImage, Domain, DownloadManifest, ExportJob, JobOptions, Manifest, Verification
 from tasks.text import one_line
 
 if TYPE_CHECKING:
@@ -140,6 +143,29 @@ def _download_summary(manifest: DownloadManifest, output_dir: Path, seconds: flo
     return lines
 
 
+def show_verification(found: Verification, console: Console) -> None:
+    """Show a table, a row a file that differs or is a disk, and what each that differs calls for."""
+    wrong = [file for file in found.files if file.verdict != "equal"]
+    right = [file for file in found.files if file.verdict == "equal"]
+    table = Table("File", "Format", "Bytes read", "Leaves wrong", "Verdict", box=SIMPLE, pad_edge=False)
+    for file in (*wrong, *right[:FILES_SHOWN]):
+        words = (file.path, file.format, f"{file.bytes_read:,}", wrong_leaves(file), file.verdict)
+        table.add_row(*map(one_line, words))
+    console.print(f"{found.vm} ({found.moref}), copied {found.made}: {one_line(str(found.folder))}")
+    console.print(table)
+    if len(right) > FILES_SHOWN:
+        console.print(f"and {len(right) - FILES_SHOWN} more that are equal")
+    for file in wrong:
+        console.print(one_line(f"{file.path}: {in_words(file)}. {file.remedy}"))
+    if found.source:
+        console.print(one_line(f"At the source, {found.source.point}; seed {found.source.seed}:"))
+        for disk in found.source.disks:
+            console.print(one_line(f"  {disk.path}  {disk.source}: {sample_in_words(disk)}"))
+    read = sum(file.bytes_read for file in found.files)
+    said = "all equal" if found.equal else f"{len(wrong)} of {len(found.files)} differ" if wrong else "not the source's"
+    console.print(f"{read:,} bytes read in {found.seconds:.1f} s ({read / MIB / found.seconds:,.0f} MiB/s): {said}")
+
+
 def show_error(error: Hyper2KvmError, *, say: Callable[[str], None]) -> None:
     """Show a failure: the cause in one line, then what to do, then what the tool itself said last."""
     say(f"Error: {error.cause}")
@@ -147,6 +173,11 @@ def show_error(error: Hyper2KvmError, *, say: Callable[[str], None]) -> None:
         say(error.remedy)
     for line in error.detail:
         say(f"  | {line}")
+
+
+def stdout() -> Console:
+    """Return the console of the result: lines as long as they are, nothing in them taken for markup."""
+    return Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def stderr() -> Console:

@@ -18,6 +18,7 @@
     ├── UnsupportedDisk              cannot be copied by this road: why, and which road can
     ├── FenceClosed                  the VM's own state forbids a snapshot now
     ├── SnapshotChanged              what is being read is no longer the point in time it was
+    ├── SourceChanged                the point in time of a copy is not at the source any more
     ├── FileLocked
     ├── FileMissing                  a file that the VM's configuration names, or that was there a moment ago
     ├── FileUnfit                    a file of the VM whose name or size cannot be taken as it is
@@ -194,6 +195,15 @@ class SnapshotChanged(Hyper2KvmError):
     remedy = "What was copied is discarded; find out who removed or consolidated it, then run again"
 
 
+class SourceChanged(Hyper2KvmError):
+    """The source no longer holds what was copied of {vm}: {reason}"""
+
+    remedy = (
+        "Verify without --against-source; to compare with the source later, export from a snapshot that you keep "
+        "(--vs-snapshot-moref), or leave the VM off"
+    )
+
+
 class FileLocked(Hyper2KvmError):
     """{path} is locked by a running VM or another host"""
 
@@ -221,7 +231,17 @@ class TransferInterrupted(Hyper2KvmError):
 class IntegrityMismatch(Hyper2KvmError):
     """{path} does not hold what was read from the source: {where}"""
 
-    remedy = "The copy was not given its final name; check the storage below it, then run again"
+    remedy = "{remedy}"
+
+    def __init__(
+        self,
+        *,
+        path: object,
+        where: str,
+        remedy: str = "The copy was not given its final name; check the storage below it, then run again",
+        **more: Any,
+    ) -> None:
+        super().__init__(path=path, where=where, remedy=remedy, **more)
 
 
 class JobLocked(Hyper2KvmError):

@@ -54,7 +54,7 @@ async def job_at_work(vcenter: VCenter, options: JobOptions) -> AsyncIterator[Jo
     In the block, bytes come no faster than the options say.
     Raises what `connected` and `resolve` raise; JobLocked, naming who is at work on it; InvalidInput.
     """
-    output_dir, run_id = _place_that_stays(options.output_dir), flow_run.get_id() or ""
+    output_dir, run_id = place_that_stays(options.output_dir), flow_run.get_id() or ""
     async with connected(vcenter) as server:
         vm = await resolve(vcenter, options.vm_name)
         folder = output_dir / safe_name(vm.name)
@@ -67,14 +67,14 @@ async def job_at_work(vcenter: VCenter, options: JobOptions) -> AsyncIterator[Jo
                 yield job
 
 
-def _place_that_stays(folder: Path) -> Path:
+def place_that_stays(folder: Path) -> Path:
     """Return `folder` made absolute. A worker runs flows in a temporary folder, and deletes that with all in it.
 
     Raises InvalidInput for a relative one there.
     """
     if deployment.get_id() and not folder.expanduser().is_absolute():
         raise InvalidInput(
-            what="output folder",
+            what="folder",
             why=f"{str(folder)!r} is relative, and the worker deletes the folder that it runs in",
             remedy="Give the whole path, such as /data/exports",
         )

@@ -352,6 +352,61 @@ class DownloadManifest(Value):
     warnings: tuple[str, ...] = ()
 
 
+Verdict = Literal[
+    "equal", "content differs", "digests differ", "both differ", "manifest differs", "missing", "damaged", "in use"
+]
+
+
+class VerifiedFile(Value):
+    """What verifying says of one file of an export or a download.
+
+    `bytes_read`: the rest are holes. `wrong_leaves`: how many of its leaves are not as their digests say, None where
+    there are none to compare with; `first_wrong`: the first of them, those that touch made one.
+    """
+
+    path: str
+    format: ImageFormat | Literal["file"]
+    size_bytes: int
+    bytes_read: int = 0
+    read: ReadBack = "skipped"
+    wrong_leaves: int | None = None
+    first_wrong: tuple[Extent, ...] = ()
+    verdict: Verdict
+    detail: str = ""
+    remedy: str = ""
+
+
+class SampledDisk(Value):
+    """What a random sample of a disk at the source says: how many leaves were read, and which of them differ."""
+
+    path: str
+    source: str
+    leaves: int
+    wrong: tuple[int, ...]
+
+
+class SourceSample(Value):
+    """What the source said of a copy. `point`: why it still holds what was copied. The `seed` chooses the leaves."""
+
+    point: str
+    seed: int
+    disks: tuple[SampledDisk, ...]
+
+
+class Verification(Value):
+    """What verifying a folder says. `made`: when its manifest was. `equal`: every file is as the manifest says, and
+    so was the sample of the `source`, where one was taken."""
+
+    folder: Path
+    vm: str
+    moref: str
+    made: str
+    files: tuple[VerifiedFile, ...]
+    source: SourceSample | None = None
+    equal: bool
+    seconds: float
+
+
 # ── what an operator asks for ────────────────────────────────────────────────────────────────────────
 
 
@@ -584,6 +639,41 @@ class DownloadJob(JobOptions):
         "live deltas are not. Without it a VM that runs is refused, since its host locks the disks. No effect on one "
         "that is powered off.",
         examples=[True],
+    )
+
+
+class VerifyJob(BaseModel):
+    """Which copy to verify."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: Path = Field(
+        title="Folder",
+        description="Folder of one VM on the worker's machine, in which an export or a download has left its "
+        "manifest.json, such as /data/exports/production-web.",
+        examples=["/data/exports/production-web"],
+    )
+    against_source: bool = Field(
+        default=False,
+        title="Against the source",
+        description="Also read a random sample of each disk at the source (which needs the vCenter): while the "
+        "snapshot that was copied still exists, or the VM is off and its disks were not written to since.",
+        examples=[False],
+    )
+    sample: int = Field(
+        default=64,
+        title="Sample",
+        description="How many leaves of 256 KiB of each disk are read at the source.",
+        examples=[64],
+        ge=1,
+        le=1_000_000,
+    )
+    seed: int = Field(
+        default=0,
+        title="Seed",
+        description="Of the sample, to read the same one again; 0: another each time, and the report says which.",
+        examples=[0],
+        ge=0,
     )
 
 

@@ -102,14 +102,15 @@ class Digests:
     def image_digest(self) -> str:
         """Return `blake3:<hex>` over size, leaf size and every record, in that order."""
         whole = blake3(_HEADER.pack(_MAGIC, FORMAT_VERSION, LEAF_BYTES, self.size), derive_key_context=DOMAIN)
-        for chunk in self._chunks():
+        for _, chunk in self.chunks():
             whole.update(chunk)
         return f"blake3:{whole.hexdigest()}"
 
-    def _chunks(self) -> Iterator[bytes]:
+    def chunks(self) -> Iterator[tuple[int, bytes]]:
+        """Yield (first leaf, records) of all leaves, a bounded number at a time."""
         leaves = leaf_count(self.size)
         for first in range(0, leaves, _RECORDS_AT_ONCE):
-            yield self.records(first, min(_RECORDS_AT_ONCE, leaves - first))
+            yield first, self.records(first, min(_RECORDS_AT_ONCE, leaves - first))
 
 
 def _image_size(path: Path, fd: int) -> int:

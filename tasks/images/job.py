@@ -18,7 +18,9 @@ from blake3 import blake3
 
 from tasks.errors import JobLocked
 
-LOCK = ".hyper2kvm.lock"
+OURS = ".hyper2kvm"  # begins the name of whatever a run leaves beside what it makes
+LOCK = f"{OURS}.lock"
+NAMELESS = "it has not written its name yet, or only reads (verify)"
 MACHINE_ID = Path("/etc/machine-id")  # systemd: machine-id(5)
 HEARTBEAT_S = 30.0
 LOOK_S = 0.2  # much longer than anybody's look takes
@@ -92,6 +94,32 @@ def _look(folder: Path) -> tuple[dict[str, str], bool]:
         os.close(fd)
 
 
+@contextmanager
+def nobody_at_work(folder: Path) -> Iterator[None]:
+    """Keep runs off the job of `folder` for the block, and write nothing there; others may read at the same time.
+
+    Where no job was ever held, as in a copy of such a folder, nothing is kept off. Raises JobLocked, naming the holder.
+    """
+    try:
+        fd = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+    except (FileNotFoundError, NotADirectoryError):
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _locked(fd, folder) from error
+        yield
+    finally:
+        os.close(fd)
+
+
+def _locked(fd: int, folder: Path) -> JobLocked:
+    who = ", ".join(f"{key} {value}" for key, value in _holder_in(fd).items())
+    return JobLocked(path=str(folder), holder=who or NAMELESS)
+
+
 def _take(fd: int, path: Path) -> None:
     """Take the lock, with a little patience: somebody may be looking who holds it."""
     deadline = time.monotonic() + LOOK_S
@@ -100,8 +128,7 @@ def _take(fd: int, path: Path) -> None:
             return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             if time.monotonic() > deadline:
-                who = ", ".join(f"{key} {value}" for key, value in _holder_in(fd).items())
-                raise JobLocked(path=str(path.parent), holder=who or "it has not written its name yet") from error
+                raise _locked(fd, path.parent) from error
         time.sleep(POLL_S)
 
 

@@ -59,14 +59,63 @@ def compare(
     connections: int = CONNECTIONS,
 ) -> Literal["direct", "cached"]:
     """As `verify`, but of `extents` (whole leaves) only, and every leaf that differs is told to `differs`."""
+    lock = threading.Lock()
+
+    def take(piece: Extent, records: bytes, _: int) -> None:
+        first = piece.start // LEAF_BYTES
+        for at in differing(records, digests.records(first, leaf_count(piece.length))):
+            with lock:
+                differs(first + at)
+
+    return read_back(
+        path,
+        extents,
+        take,
+        format=format,
+        size=digests.size,
+        progress=progress,
+        stop=stop,
+        connections=connections,
+    )
+
+
+def read_back(
+    path: Path,
+    extents: Iterable[Extent],
+    take: Callable[[Extent, bytes, int], object],
+    *,
+    format: ImageFormat,
+    size: int,
+    progress: Callable[[int], None] | None = None,
+    stop: threading.Event | None = None,
+    connections: int = CONNECTIONS,
+) -> Literal["direct", "cached"]:
+    """Give `take` the records of `extents` (whole leaves) as the image holds them, piece by piece, in any order.
+
+    size: of the disk, which is checked. take: called by several threads with a piece, its records, and how many of its
+    bytes were read: the others are holes. The rest is as for `verify`, which rests on this.
+    """
     direct = takes_direct(path)
     with qemu_nbd(path, format=format, connections=connections) as address, ExitStack() as stack:
         clients = [stack.enter_context(NbdClient(address)) for _ in range(connections)]
-        _check_size(path, clients[0].size, digests.size)
-        back = _ReadBack(path, digests, differs, progress)
+        _check_size(path, clients[0].size, size)
         pool: Pool[Extent] = Pool(stop=stop, interrupt=partial(_interrupt, clients))
-        pool.run(pieces(extents, PIECE_BYTES), [partial(back.compare, pool, client) for client in clients])
+
+        def work(client: NbdClient, piece: Extent) -> None:
+            take(piece, *_read(path, client, piece, pool.check))
+            if progress:
+                progress(piece.length)
+
+        pool.run(pieces(extents, PIECE_BYTES), [partial(work, client) for client in clients])
     return "direct" if direct else "cached"
+
+
+def differing(records: bytes, others: bytes) -> list[int]:
+    """Return the places, counted in records, at which two runs of as many records differ."""
+    if records == others:
+        return []
+    starts = range(0, len(records), RECORD_BYTES)
+    return [at // RECORD_BYTES for at in starts if records[at : at + RECORD_BYTES] != others[at : at + RECORD_BYTES]]
 
 
 class _Count:
@@ -91,48 +140,24 @@ def _check_size(path: Path, there: int, wanted: int) -> None:
         raise IntegrityMismatch(path=str(path), where=f"a disk of {there} bytes, not of {wanted}")
 
 
-class _ReadBack:
-    """What the threads of one comparison share."""
-
-    def __init__(
-        self,
-        path: Path,
-        digests: Digests,
-        differs: Callable[[int], object],
-        progress: Callable[[int], None] | None,
-    ) -> None:
-        self._path, self._digests, self._differs, self._progress = path, digests, differs, progress
-        self._lock = threading.Lock()
-
-    def compare(self, pool: Pool[Extent], client: NbdClient, piece: Extent) -> None:
-        """Compare the records of a leaf-aligned piece with what the image holds there."""
-        first = piece.start // LEAF_BYTES
-        expected = self._digests.records(first, leaf_count(piece.length))
-        found = bytearray(len(expected))
-        try:
-            for leaf, record in _records_in(client, piece, pool.check):
-                at = (leaf - first) * RECORD_BYTES
-                found[at : at + RECORD_BYTES] = record
-        except OSError as error:
-            pool.check()
-            raise IntegrityMismatch(
-                path=str(self._path), where=f"reading it back failed near byte {piece.start}: {error}"
-            ) from error
-        if found != expected:
-            self._tell(first, found, expected)
-        if self._progress:
-            self._progress(piece.length)
-
-    def _tell(self, first: int, found: bytearray, expected: bytes) -> None:
-        starts = range(0, len(expected), RECORD_BYTES)
-        bad = [at for at in starts if found[at : at + RECORD_BYTES] != expected[at : at + RECORD_BYTES]]
-        with self._lock:
-            for at in bad:
-                self._differs(first + at // RECORD_BYTES)
+def _read(path: Path, client: NbdClient, piece: Extent, check: Callable[[], None]) -> tuple[bytes, int]:
+    """Return the records of a leaf-aligned piece, and how many of its bytes were read."""
+    first, read_bytes = piece.start // LEAF_BYTES, 0
+    found = bytearray(leaf_count(piece.length) * RECORD_BYTES)
+    try:
+        for leaf, record, length in _records_in(client, piece, check):
+            at = (leaf - first) * RECORD_BYTES
+            found[at : at + RECORD_BYTES] = record
+            read_bytes += length
+    except OSError as error:
+        check()
+        where = f"reading it back failed near byte {piece.start}: {error}"
+        raise IntegrityMismatch(path=str(path), where=where) from error
+    return bytes(found), read_bytes
 
 
-def _records_in(client: NbdClient, piece: Extent, check: Callable[[], None]) -> Iterator[tuple[int, bytes]]:
-    """Yield (leaf, record) of every leaf of `piece` that is not a hole."""
+def _records_in(client: NbdClient, piece: Extent, check: Callable[[], None]) -> Iterator[tuple[int, bytes, int]]:
+    """Yield (leaf, record, length in bytes) of every leaf of `piece` that is not a hole."""
     buffer = memoryview(bytearray(REQUEST_BYTES))
     for request in pieces(_allocated(client, piece), REQUEST_BYTES):
         check()
@@ -140,7 +165,7 @@ def _records_in(client: NbdClient, piece: Extent, check: Callable[[], None]) -> 
         client.read_into(request.start, content)
         for leaf in pieces([request], LEAF_BYTES):
             start = leaf.start - request.start
-            yield leaf.start // LEAF_BYTES, record_of(content[start : start + leaf.length])
+            yield leaf.start // LEAF_BYTES, record_of(content[start : start + leaf.length]), leaf.length
 
 
 def _allocated(client: NbdClient, piece: Extent) -> tuple[Extent, ...]:

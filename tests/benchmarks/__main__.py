@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import download, onepass
+from tests.benchmarks import download, onepass, verify
 
-BENCHMARKS = {"download": download.main, "onepass": onepass.main}
+BENCHMARKS = {"download": download.main, "onepass": onepass.main, "verify": verify.main}
 
 
 def main(names: list[str]) -> None:

@@ -26,6 +26,7 @@ EXAMPLES = {
     errors.UnsupportedDisk: {"disk": "Hard disk 1", "reason": "it is an RDM", "remedy": "Map it"},
     errors.FenceClosed: {"vm": "web", "reason": "it needs consolidation", "remedy": "Consolidate"},
     errors.SnapshotChanged: {"snapshot": "s", "vm": "web", "reason": "it is gone"},
+    errors.SourceChanged: {"vm": "web", "reason": "it is gone"},
     errors.FileLocked: {"path": "[ds] web/web-flat.vmdk", "remedy": "Wait"},
     errors.FileMissing: {"path": "[ds] web/web.vmdk", "why": "it was moved", "remedy": "Look"},
     errors.FileUnfit: {"path": "'../x'", "reason": "its name leads out", "remedy": "Rename it"},

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import JobLocked
-from tasks.images.job import LOCK, job_id, job_lock, last_holder, lock_holder, machine_id
+from tasks.images.job import LOCK, job_id, job_lock, last_holder, lock_holder, machine_id, nobody_at_work
 
 HOLDING = """
 import sys, time
@@ -116,3 +116,24 @@ def test_a_machine_without_id_is_known_by_its_name(tmp_path: Path) -> None:
     assert machine_id(tmp_path / "empty") == machine_id(tmp_path / "none")
     (tmp_path / "some").write_text("abc\n")
     assert machine_id(tmp_path / "some") == "abc"
+
+
+def test_who_only_reads_is_refused_while_a_run_is_at_work_and_keeps_one_off_meanwhile(tmp_path: Path) -> None:
+    with (
+        job_lock(tmp_path, {"flow_run": "brave-fox"}),
+        pytest.raises(JobLocked, match="flow_run brave-fox"),
+        nobody_at_work(tmp_path),
+    ):
+        pass
+    with nobody_at_work(tmp_path), nobody_at_work(tmp_path):
+        with pytest.raises(JobLocked, match="only reads"), job_lock(tmp_path, {}):
+            pass
+    with job_lock(tmp_path, {}):
+        pass
+
+
+def test_who_only_reads_needs_no_lock_file_and_makes_none(tmp_path: Path) -> None:
+    with nobody_at_work(tmp_path), nobody_at_work(tmp_path / "none"):
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(BlockingIOError), nobody_at_work(tmp_path):
+        raise BlockingIOError

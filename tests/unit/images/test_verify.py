@@ -6,31 +6,15 @@ import pytest
 
 from tasks.errors import IntegrityMismatch
 from tasks.images import qemu
-from tasks.images.copy import copy
 from tasks.images.digests import LEAF_BYTES, ZERO_RECORD, Digests
-from tasks.images.extents import whole_disk
 from tasks.images.raw import RawWriter
 from tasks.images.verify import verify
 from tasks.models import ImageFormat
 from tasks.process import Stopped
-from tests.unit.images.fakes import FakeReader, ShiftingWriter, leaves
+from tests.unit.images.copies import CONTENT, copied, flip
+from tests.unit.images.fakes import leaves
 
-CONTENT = leaves("ab0c" + 40 * "0" + "def0", tail=1024)
 FORMATS = pytest.mark.parametrize("format", get_args(ImageFormat))
-
-
-def copied(folder: Path, format: ImageFormat, *, shift: tuple[int, int] = (-1, 0), content: bytes = CONTENT) -> Path:
-    """Copy `content` to an image of `format`, one write shifted; return its path."""
-    raw = folder / "x.raw.part"
-    writer = ShiftingWriter.create(raw, size=len(content))
-    writer.shift = shift
-    reader = FakeReader(content)
-    with writer, Digests.create(folder / "x.digests", size=len(content)) as digests:
-        copy(reader, whole_disk(reader.size), writer, digests=digests)
-    if format == "raw":
-        return raw
-    qemu.convert(raw, folder / "x.part", source_format="raw", target_format=format)
-    return folder / "x.part"
 
 
 def read_back(path: Path, format: ImageFormat, **options: object) -> str:
@@ -57,7 +41,7 @@ def test_a_write_at_a_wrong_offset_is_found(tmp_path: Path, format: ImageFormat,
 def test_a_flipped_bit_in_a_raw_target_is_found(tmp_path: Path, offset: int) -> None:
     """In data, in a hole (whose record says zero), and in the last byte."""
     path = copied(tmp_path, "raw")
-    _flip(path, offset)
+    flip(path, offset)
     with pytest.raises(IntegrityMismatch) as raised:
         read_back(path, "raw")
     assert (
@@ -67,7 +51,7 @@ def test_a_flipped_bit_in_a_raw_target_is_found(tmp_path: Path, offset: int) -> 
 
 def test_a_flipped_bit_in_a_qcow2_target_is_found(tmp_path: Path) -> None:
     path = copied(tmp_path, "qcow2")
-    _flip(path, path.read_bytes().index(CONTENT[LEAF_BYTES : LEAF_BYTES + 64]))
+    flip(path, path.read_bytes().index(CONTENT[LEAF_BYTES : LEAF_BYTES + 64]))
     with pytest.raises(IntegrityMismatch, match=f"the first at byte {LEAF_BYTES}"):
         read_back(path, "qcow2")
 
@@ -133,7 +117,7 @@ def test_bad_leaves_are_counted_over_all_pieces(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("tasks.images.verify.PIECE_BYTES", 2 * LEAF_BYTES)
     path = copied(tmp_path, "raw")
     for leaf in (46, 3, 20):
-        _flip(path, leaf * LEAF_BYTES)
+        flip(path, leaf * LEAF_BYTES)
     with pytest.raises(IntegrityMismatch, match=f"3 leaves of 262144 bytes differ, the first at byte {3 * LEAF_BYTES}"):
         read_back(path, "raw")
 
@@ -158,11 +142,3 @@ def hole(folder: Path, size: int) -> Path:
     ):
         writer.flush()
     return path
-
-
-def _flip(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        (byte,) = file.read(1)
-        file.seek(offset)
-        file.write(bytes([byte ^ 1]))
