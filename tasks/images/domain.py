@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
+from blake3 import blake3
+
 from tasks.images.files import safe_name
 from tasks.images.slots import Slot, key_of, slots_of
 from tasks.models import Device, DiskImage, Domain, Nic, VirtualMachine
@@ -200,11 +202,18 @@ def _drives(devices: Element, plan: _Plan) -> None:
         _add(disk, "driver", name="qemu", type=image.format, discard="unmap")
         _add(disk, "source", file=str(plan.folder / image.path))
         _attach(disk, plan.slots[image.disk_key], number)
+        if plan.slots[image.disk_key].kind.model == "lsisas1068":
+            _add(disk, "wwn", _sas_address(image))
         _add(disk, "boot", order=str(plan.booting[image.disk_key]))
     for number, drive in enumerate(plan.cdroms, start=len(plan.images)):
         disk = _add(devices, "disk", type="file", device="cdrom")
         _attach(disk, plan.slots[drive.key], number)
         _add(disk, "readonly")
+
+
+def _sas_address(image: DiskImage) -> str:
+    """Return an address for a disk on SAS: one without is zero in QEMU, and Linux' mptsas does not see such a disk."""
+    return "5000c29" + blake3((image.uuid or image.source).encode()).hexdigest()[:9]  # VMware's own prefix
 
 
 def _attach(disk: Element, slot: Slot, number: int) -> None:

@@ -66,6 +66,15 @@ def test_disks_boot_in_the_order_of_their_keys_unless_the_vm_was_told_otherwise(
 
 
 @pytest.mark.parametrize(
+    ("model", "addressed"), [("VirtualLsiLogicSASController", True), ("ParaVirtualSCSIController", False)]
+)
+def test_disks_on_sas_have_addresses_of_their_own_without_which_linux_does_not_see_them(xml_of, model, addressed):
+    disks = tuple(disk.model_copy(update={"uuid": f"6000C29{disk.index}"}) for disk in DISKS)
+    xml = xml_of(disks, controllers=(Controller(key=1000, model=model, bus=0),))[1]
+    assert len({disk.text for disk in xml.iterfind("devices/disk/wwn")}) == (2 if addressed else 0)
+
+
+@pytest.mark.parametrize(
     ("firmware", "secure", "feature"), [("bios", False, {}), ("efi", False, {"secure-boot": "no"}),
     ("efi", True, {"secure-boot": "yes", "enrolled-keys": "yes"})],
 )  # fmt: skip
