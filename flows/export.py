@@ -8,10 +8,12 @@ from pathlib import Path
 from prefect import flow
 
 from blocks import VCenter
+from tasks.boot import check_boot, proven
 from tasks.convert import land
 from tasks.define import check_definable, define
 from tasks.describe import describe_domain
 from tasks.disks import copyable_disks
+from tasks.images.boot import need_tools
 from tasks.images.files import allocated_bytes, need_space
 from tasks.images.output import DiskFiles, refuse_existing
 from tasks.images.state import JobState, discard, read_state, write_state
@@ -38,16 +40,21 @@ async def export_vm(vcenter: VCenter, options: ExportJob) -> Manifest:
     A snapshot freezes the VM, each disk is read by the road chosen, the snapshot is removed whatever happens,
     the images are read back and compared, and only then get their names: `<output folder>/<VM>/disk-<n>.qcow2`,
     with `domain.xml`, which libvirt starts them by, and `manifest.json` beside them. The source VM is left as it was.
-    A run that was killed, or whose vCenter went away, is gone on with by the next run to the same folder.
+    A run that was killed, or whose vCenter went away, is gone on with by the next run to the same folder. On request
+    the copy is started aside at the end; it is kept whatever comes of that.
 
     Args:
         vcenter: Where the VM is now: a saved vCenter, or a new one through Add.
         options: Which VM to export, where to, and how.
     """
     async with job_at_work(vcenter, options) as job:
+        if options.boot_check:
+            need_tools(uefi=job.vm.firmware == "efi")
         await check_definable(job.vm, job.folder, options)
         state = await _arrived(vcenter, job, options)
         manifest = await _landed(vcenter, state, job.folder, options)
+        if options.boot_check:
+            proven(await check_boot(job.folder, options.boot), job.folder)
         if options.define:
             await define(vcenter, manifest, job.folder, options)
         return manifest

@@ -22,16 +22,28 @@ from pydantic import ValidationError
 
 from hyper2kvm import __version__
 from hyper2kvm.settings import Settings, password_from
-from hyper2kvm.terminal import Board, show_error, show_verification, stderr, stdout, summary
+from hyper2kvm.terminal import Board, boot_line, show_error, show_verification, stderr, stdout, summary
 from tasks.errors import Hyper2KvmError, IntegrityMismatch, InvalidInput, NotBuilt
+from tasks.images.boot import need_tools
+from tasks.images.boot_domain import boots_by_uefi, read_domain
+from tasks.images.files import safe_name
 from tasks.images.job import nobody_at_work
 from tasks.images.manifest import read_manifest
-from tasks.models import DownloadManifest, ExportOptions, Manifest, Verification, VerifyJob
+from tasks.models import (
+    BootCheck,
+    BootJob,
+    DownloadManifest,
+    ExportJob,
+    ExportOptions,
+    Manifest,
+    Verification,
+    VerifyJob,
+)
 from tasks.text import one_line
 
-LATER_ACTIONS = ("vddk-export", "cbt-sync", "preflight", "boot-check")
+LATER_ACTIONS = ("vddk-export", "cbt-sync", "preflight")
 MODES = {"export-vm": "export", "download-vm": "download_only"}
-ACTIONS = (*MODES, "verify", "list-vms")
+ACTIONS = (*MODES, "verify", "boot-check", "list-vms")
 INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
 
 T = TypeVar("T")
@@ -85,6 +97,11 @@ def vsphere(
     concurrency: int = 3,
     fail_on_missing: Annotated[bool, Parameter(negative=())] = False,
     snapshot: Annotated[bool, Parameter(negative=())] = False,
+    boot_check: Annotated[bool, Parameter(negative=())] = False,
+    boot_timeout: int = 0,
+    boot_expect: str = "",
+    boot_accelerator: str = "auto",
+    scratch: Path | None = None,
     against_source: Annotated[bool, Parameter(negative=())] = False,
     sample: int = 64,
     seed: int = 0,
@@ -97,11 +114,12 @@ def vsphere(
     Parameters
     ----------
     what
-        With list-vms: a pattern, only VMs whose name or inventory path matches. With verify: the folder of a copy.
+        With list-vms: a pattern, only VMs whose name or inventory path matches. With verify and boot-check: the folder
+        of a copy.
     vs_action
-        export-vm, download-vm, verify or list-vms.
+        export-vm, download-vm, verify, boot-check or list-vms.
     vcenter
-        Name or address; host:port is understood. verify needs it only with --against-source.
+        Name or address; host:port is understood. boot-check needs none, verify only with --against-source.
     username
         Account to log in with.
     password_file
@@ -156,6 +174,16 @@ def vsphere(
         With download-vm: fail where a disk's file that the configuration names is not there.
     snapshot
         With download-vm: freeze a running VM by a snapshot for the duration.
+    boot_check
+        With export-vm: start the finished copy aside, and fail if it is not seen to boot; the copy is kept.
+    boot_timeout
+        Seconds that a boot check gives the guest; 0: 120 under KVM, 300 without.
+    boot_expect
+        Regular expression of what the guest says or shows once it is up; else a login prompt and the like.
+    boot_accelerator
+        Of a boot check: auto, kvm or tcg.
+    scratch
+        With boot-check: where what the guest writes lies meanwhile; else beside the images.
     against_source
         With verify: also read a random sample of each disk at the source, while it still holds what was copied.
     sample
@@ -189,6 +217,10 @@ def vsphere(
         "download_only_concurrency": concurrency,
         "fail_on_missing": fail_on_missing,
         "snapshot": snapshot,
+        "boot_check": boot_check,
+        "boot_timeout_s": boot_timeout,
+        "boot_expect": boot_expect,
+        "boot_accelerator": boot_accelerator,
     }
 
     def settings() -> Settings:
@@ -213,6 +245,10 @@ def vsphere(
             folder = Path(_given("The folder", what, vs_action)).absolute()
             job = VerifyJob(folder=folder, against_source=against_source, sample=sample, seed=seed)
             return _verify(job, settings() if against_source else None, json=json)
+        if vs_action == "boot-check":
+            boot = {"timeout_s": boot_timeout, "expect": boot_expect, "accelerator": boot_accelerator}
+            folder = Path(_given("The folder", what, vs_action)).absolute()
+            return _boot_check(BootJob(folder=folder, scratch=str(scratch or ""), boot=boot), json=json)
         actions = f"{', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}"
         if vs_action in LATER_ACTIONS:
             raise NotBuilt(what=f"--vs-action {vs_action}", instead=actions)
@@ -263,6 +299,10 @@ def _run_mode(options: ExportOptions, settings: Settings, *, json: bool) -> int:
         console = stdout()
         for line in summary(manifest, job, time.monotonic() - started):
             console.print(one_line(line))
+        if isinstance(job, ExportJob) and job.boot_check:
+            from tasks.boot import last_check
+
+            console.print(boot_line(last_check(job.output_dir / safe_name(manifest.vm.name))))
     return 0
 
 
@@ -289,6 +329,23 @@ def _verify(job: VerifyJob, settings: Settings | None, *, json: bool) -> int:
     if failure:
         _tell(failure, json=False)
     return failure.exit_status if failure else 0
+
+
+def _boot_check(job: BootJob, *, json: bool) -> int:
+    """Run a boot check and print what it rests on; one that proves nothing is told as the failure that it is."""
+
+    def flow() -> FlowCall[BootCheck]:
+        from flows.boot_check import boot_check
+
+        return partial(boot_check, options=job)
+
+    need_tools(uefi=boots_by_uefi(read_domain(job.folder)))  # what cannot be is refused before Prefect is loaded
+    check = _shown(flow)
+    if json:
+        print(check.model_dump_json(indent=2))
+    else:
+        stdout().print(boot_line(check))
+    return 0
 
 
 def _shown(flow: Callable[[], FlowCall[T]]) -> T:

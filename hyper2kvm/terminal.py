@@ -20,7 +20,16 @@ from rich.table import Table
 from tasks.errors import Hyper2KvmError
 from tasks.images.files import safe_name
 from tasks.images.prove import in_words, sample_in_words, wrong_leaves
-from tasks.models import DiskImage, Domain, DownloadManifest, ExportJob, JobOptions, Manifest, Verification
+from tasks.models import (
+    BootCheck,
+    DiskImage,
+    Domain,
+    DownloadManifest,
+    ExportJob,
+    JobOptions,
+    Manifest,
+    Verification,
+)
 from tasks.text import one_line
 
 if TYPE_CHECKING:
@@ -141,6 +150,11 @@ def _download_summary(manifest: DownloadManifest, output_dir: Path, seconds: flo
     lines += [f"  note: {warning}" for warning in manifest.warnings]
     lines.append(f"{len(manifest.files)} files, {size:,} bytes; {moved:,} bytes moved in {seconds:.1f} s, verified")
     return lines
+
+
+def boot_line(check: BootCheck) -> str:
+    """Return the line that says what proves that a copy boots."""
+    return one_line(f"{check.domain} boots ({check.accelerator}, {check.seconds:.0f} s): {check.recognised}")
 
 
 def show_verification(found: Verification, console: Console) -> None:

@@ -407,6 +407,28 @@ class Verification(Value):
     seconds: float
 
 
+BootVerdict = Literal["boots", "fails", "unknown"]
+Accelerator = Literal["kvm", "tcg"]
+
+
+class BootCheck(Value):
+    """What came of starting a domain aside. `recognised`: the line that the verdict rests on, or why there is none.
+
+    `serial_tail` and `screen_text` are the last lines of either; `notes` say what of the machine was not the domain's.
+    """
+
+    version: int = FORMAT_VERSION
+    domain: str
+    verdict: BootVerdict
+    recognised: str
+    accelerator: Accelerator
+    seconds: float
+    serial_tail: tuple[str, ...] = ()
+    screen_text: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    created: str
+
+
 # ── what an operator asks for ────────────────────────────────────────────────────────────────────────
 
 
@@ -473,6 +495,66 @@ class JobOptions(BaseModel):
         if text and _bytes_of(text) < SLOWEST_BYTES_PER_S:
             raise ValueError(f"{text} is less than {SLOWEST_BYTES_PER_S // 1024} KiB a second: servers hang up on that")
         return text
+
+
+class BootWishes(BaseModel):
+    """How long a copy is given to boot, and what proves that it has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    timeout_s: int = Field(
+        default=0,
+        title="Time-out (s)",
+        description="Seconds that the guest is given. 0: 120 under KVM, 300 where QEMU must emulate the processor.",
+        examples=[120],
+        ge=0,
+    )
+    expect: OptionalText = Field(
+        default="",
+        title="Expected text",
+        description="Regular expression of what the guest says on its serial port, or shows in text mode, once it is "
+        "up. Empty: a login prompt, systemd's multi-user target, or Windows' serial console.",
+        examples=["app server ready"],
+    )
+    accelerator: Literal["auto", "kvm", "tcg"] = Field(
+        default="auto",
+        title="Accelerator",
+        description="auto: KVM where it works, else TCG, which emulates the processor and is slow.",
+        examples=["auto"],
+    )
+
+    @field_validator("expect")
+    @classmethod
+    def _is_a_pattern(cls, text: str) -> str:
+        try:
+            re.compile(text)
+        except re.error as error:
+            raise ValueError(f"{text!r} is no regular expression: {error}") from error
+        return text
+
+
+class BootJob(BaseModel):
+    """Which copy to start, and what proves that it boots."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: Path = Field(
+        title="Folder of the copy",
+        description="Folder on the worker's machine that an export has written, with domain.xml in it.",
+        examples=["/data/exports/production-web"],
+    )
+    scratch: OptionalText = Field(
+        default="",
+        title="Scratch folder",
+        description="Where what the guest writes lies meanwhile. Empty: beside the images.",
+        examples=["/var/tmp"],
+    )
+    boot: BootWishes = Field(
+        default=BootWishes(),
+        title="Boot check",
+        description="How long the copy is given, and what proves that it has started.",
+        examples=[{"timeout_s": 120}],
+    )
 
 
 class ExportJob(JobOptions):
@@ -576,6 +658,20 @@ class ExportJob(JobOptions):
             split_network(each)
         return entries
 
+    boot_check: bool = Field(
+        default=False,
+        title="Check that it boots",
+        description="Start the finished copy aside, on overlays and without a network, and see that it boots. The copy "
+        "is kept whatever comes of that; the run fails if it does not.",
+        examples=[True],
+    )
+    boot: BootWishes = Field(
+        default=BootWishes(),
+        title="Boot check",
+        description="How long the copy is given, and what proves that it has started.",
+        examples=[{"timeout_s": 120}],
+    )
+
     @property
     def arrival_format(self) -> ArrivalFormat:
         """The format in which disks arrive: the one asked for, where one pass can write that."""
@@ -591,6 +687,8 @@ class ExportJob(JobOptions):
     def _compressible(self) -> Self:
         if self.compression != "none" and self.format != "qcow2":
             raise ValueError(f"compression {self.compression} is of qcow2 images, and the format is {self.format}")
+        if self.boot_check and self.format == "vhdx":
+            raise ValueError("libvirt starts nothing from vhdx, so there is no boot to check")
         return self
 
 
@@ -713,6 +811,10 @@ class ExportOptions(BaseModel):
     download_only_concurrency: int = 3
     fail_on_missing: bool = False
     snapshot: bool = False
+    boot_check: bool = False
+    boot_timeout_s: int = 0
+    boot_expect: str = ""
+    boot_accelerator: str = "auto"
 
     @model_validator(mode="before")
     @classmethod
@@ -732,7 +834,12 @@ class ExportOptions(BaseModel):
             )
         if self.export_mode == "download_only":
             return DownloadJob(concurrency=self.download_only_concurrency, **self._those_of(DownloadJob))
-        return ExportJob(**self._those_of(ExportJob))
+        return ExportJob(boot=self.boot(), **self._those_of(ExportJob))
+
+    def boot(self) -> BootWishes:
+        """Return how a boot check is to be done."""
+        wishes = {"timeout_s": self.boot_timeout_s, "expect": self.boot_expect, "accelerator": self.boot_accelerator}
+        return BootWishes.model_validate(wishes)
 
     def _those_of(self, mode: type[JobOptions]) -> dict[str, Any]:
         return self.model_dump(include=set(mode.model_fields))

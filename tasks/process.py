@@ -39,15 +39,21 @@ def dying_with_us(argv: Sequence[str], *, by: str = "KILL") -> list[str]:
 
 
 @contextmanager
-def child(argv: Sequence[str], *, stdin: int = subprocess.DEVNULL) -> Iterator[subprocess.Popen[bytes]]:
+def child(
+    argv: Sequence[str], *, stdin: int = subprocess.DEVNULL, by: str = "KILL"
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run `argv` in its own process group, stdout and stderr piped; at the end of the block the whole group is gone.
 
-    It dies with the *thread* that enters the block, so enter it in one that lives as long.
+    It dies with the *thread* that enters the block, by the signal `by`, so enter it in one that lives as long.
     Raises ToolFailed (status 127) where there is no such program.
     """
     try:
         process = subprocess.Popen(
-            dying_with_us(argv), stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            dying_with_us(argv, by=by),
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
     except FileNotFoundError as error:
         raise ToolFailed(

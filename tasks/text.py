@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from collections.abc import Iterable
 
 _UNFIT = frozenset(("Cc", "Cs", "Zl", "Zp"))  # controls (line breaks, escapes), surrogates, separators of lines
 _REORDERING = frozenset(("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"))  # Unicode TR 9
@@ -19,6 +21,13 @@ def _unfit(character: str) -> bool:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+def fenced(lines: Iterable[str]) -> str:
+    """Return lines from elsewhere as a code block of markdown, which nothing in them ends."""
+    said = "\n".join(map(one_line, lines))
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", said)), default=0))
+    return f"{fence}text\n{said}\n{fence}"
 
 
 def cell(text: str) -> str:

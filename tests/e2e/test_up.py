@@ -67,8 +67,8 @@ class Product:
         assert answer.is_success, answer.text
         return answer.json() if answer.content else None
 
-    def deployment(self) -> dict[str, Any]:
-        return dict(self.api("deployments/name/export/export"))
+    def deployment(self, name: str = "export") -> dict[str, Any]:
+        return dict(self.api(f"deployments/name/{name}/{name}"))
 
     def vcenter(self) -> dict[str, Any]:
         """Return the saved block, password and all, as only the API's `include_secrets` gives it."""
@@ -192,10 +192,11 @@ def test_nothing_of_this_machine_is_baked_into_the_deployment(product: Product) 
     assert str(ROOT) not in json.dumps(deployment)
 
 
-def test_every_field_of_the_form_explains_itself(product: Product) -> None:
-    schema = product.deployment()["parameter_openapi_schema"]
+@pytest.mark.parametrize(("name", "known"), [("export", "options.boot.expect"), ("boot-check", "options.folder")])
+def test_every_field_of_a_form_explains_itself(product: Product, name: str, known: str) -> None:
+    schema = product.deployment(name)["parameter_openapi_schema"]
     fields = dict(fields_of(schema, schema["definitions"]))
-    assert {"vcenter.password", "options.vm_name"} < fields.keys()
+    assert known in fields
     for path, field in fields.items():
         assert field.get("title") and field.get("description"), path
         assert field.get("examples") or "properties" in field or field.get("writeOnly"), path
@@ -242,6 +243,24 @@ def test_the_form_in_the_browser_starts_an_export(product: Product, busy_guest: 
             page.open(f"{product.address}{ui}/artifacts/artifact/{report['id']}")
             page.wait_for(f"Export of {VM}", source, "all disks of one point in time")
             page.picture(PICTURES / f"report{ui.replace('/', '-')}.png")
+
+
+def test_a_boot_check_shows_the_screen(product: Product, tmp_path: Path) -> None:
+    """The lab's disks hold no system, so what is shown is a BIOS that finds none."""
+    product.await_state(product.start(tmp_path / "exports"), "Completed")
+    deployment = product.deployment("boot-check")
+    parameters = {"options": {"folder": str(tmp_path / "exports" / VM)}}
+    run = str(product.api(f"deployments/{deployment['id']}/create_flow_run", parameters=parameters)["id"])
+    failed = product.await_state(run, "Failed", timeout_s=2 * RUN_TIMEOUT_S)
+    assert "does not boot: No bootable device." in failed["state"]["message"]
+    (report,) = (each for each in artifacts_of(product, run) if each["type"] == "markdown")
+    with browser() as page:
+        for ui in ("/v2", ""):
+            page.open(f"{product.address}{ui}/artifacts/artifact/{report['id']}")
+            page.wait_for(f"Boot check of {VM}", "It does not boot", "Serial port", "SeaBIOS")
+            shown = "[...document.images].some(i => i.src.startsWith('data:image/png') && i.naturalWidth >= 640)"
+            assert page.evaluate(shown)
+            page.picture(PICTURES / f"boot-check{ui.replace('/', '-')}.png")
 
 
 def artifacts_of(product: Product, run: str) -> list[dict[str, Any]]:
