@@ -11,7 +11,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 # Debian's own Python comes without venv, which is a package of its own there.
 APT := qemu-utils util-linux mtools libvirt-clients $(shell python3 -c 'import venv, ensurepip' 2>/dev/null || echo python3-venv)
 APT_TEST := libxml2-utils openssl procps curl e2fsprogs fdisk mount
-APT_E2E := chromium
+APT_E2E := chromium iproute2 libvirt-daemon libvirt-daemon-driver-qemu ovmf qemu-system-x86 swtpm swtpm-tools
 APT_BENCH := nginx-light libnbd-bin
 
 .PHONY: help setup setup-test setup-e2e demo test lint format e2e soak bench lab up down clean constraints cassettes
