@@ -65,3 +65,14 @@ def test_no_manifest_or_a_foreign_one_is_named(tmp_path: Path, text: str | None,
         (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(InvalidInput, match=why):
         read_manifest(tmp_path)
+
+
+def test_a_manifest_of_before_there_were_domains_is_read(tmp_path: Path) -> None:
+    said = json.loads(MANIFEST_OF_VM.model_dump_json())
+    for newer in ("boot_keys", "cores_per_socket", "devices", "secure_boot", "video_ram_kib"):
+        del said["vm"][newer]
+    for newer in ("controller_key", "unit_number"):
+        del said["disks"][0][newer]
+    del said["domain"]
+    (tmp_path / MANIFEST).write_text(json.dumps(said))
+    assert read_manifest(tmp_path) == MANIFEST_OF_VM
