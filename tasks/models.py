@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from tasks.errors import InvalidInput, NotBuilt
+from tasks.text import for_xml
 
 SECTOR_BYTES = 512
 FORMAT_VERSION = 1
@@ -676,6 +677,15 @@ class ExportJob(JobOptions):
     def arrival_format(self) -> ArrivalFormat:
         """The format in which disks arrive: the one asked for, where one pass can write that."""
         return "qcow2" if self.format == "qcow2" and self.compression == "none" else "raw"
+
+    @field_validator("output_dir")
+    @classmethod
+    def _fits_xml(cls, folder: Path) -> Path:
+        if for_xml(str(folder)) != str(folder):
+            raise ValueError(
+                f"domain.xml cannot name images in {str(folder)!r}: choose a folder without such characters"
+            )
+        return folder
 
     @model_validator(mode="after")
     def _definable(self) -> Self:

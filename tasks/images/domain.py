@@ -6,7 +6,6 @@ no twin of is replaced by what most guests have a driver for, and said. Source: 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,7 +17,7 @@ from blake3 import blake3
 from tasks.images.files import safe_name
 from tasks.images.slots import Slot, key_of, slots_of
 from tasks.models import Device, DiskImage, Domain, Nic, VirtualMachine
-from tasks.text import one_line
+from tasks.text import for_xml, one_line
 
 DOMAIN = "domain.xml"
 DEFAULT_NETWORK = "default"  # libvirt's own, there on most hosts
@@ -40,7 +39,6 @@ _CONTROLLERS_WITHOUT_TWIN = {
 }
 _CDROMS = ("VirtualCdrom", "VirtualRemoteCdrom")
 _CARRIED = (*_CDROMS, "VirtualSerialPort", "VirtualTPM", "VirtualUSBController", "VirtualUSBXHCIController")
-_NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, production 2
 
 
 class _Plan(NamedTuple):
@@ -80,7 +78,7 @@ def describe(
 
 def domain_name(name: str) -> str:
     """Return a VM's name as libvirt and XML take it: no slash, no control character. See `safe_name`."""
-    return _NOT_IN_XML.sub("\ufffd", safe_name(name))
+    return for_xml(safe_name(name))
 
 
 def _planned(vm: VirtualMachine, images: Sequence[DiskImage], folder: Path, networks: Mapping[str, str]) -> _Plan:
@@ -154,7 +152,7 @@ def _xml(plan: _Plan) -> str:
     vm, root = plan.vm, Element("domain", type="kvm")
     _add(root, "name", plan.name)
     _add(root, "uuid", vm.bios_uuid)
-    _add(root, "title", _NOT_IN_XML.sub("\ufffd", one_line(vm.name)))
+    _add(root, "title", for_xml(one_line(vm.name)))
     _add(root, "memory", str(vm.memory_mib), unit="MiB")
     _processors(root, vm)
     _firmware(root, plan)
@@ -260,6 +258,7 @@ def _consoles(devices: Element, vm: VirtualMachine) -> None:
     _add(devices, "graphics", type="vnc", autoport="yes")
     # Not vmvga: Linux' vmwgfx asks it for what only VMware's has.
     _add(_add(devices, "video"), "model", type="vga", vram=str(max(VIDEO_KIB, vm.video_ram_kib)))
+    _add(devices, "memballoon", model="none")  # libvirt's default is virtio, which the guest does not know yet
 
 
 def _add(parent: Element, tag: str, text: str | None = None, **attributes: str) -> Element:
