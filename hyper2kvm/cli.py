@@ -44,6 +44,7 @@ from tasks.text import one_line
 LATER_ACTIONS = ("vddk-export", "cbt-sync", "preflight")
 MODES = {"export-vm": "export", "download-vm": "download_only"}
 ACTIONS = (*MODES, "verify", "boot-check", "list-vms")
+STOPPING = "Stopping: the transfer ends, then the snapshot is removed"
 INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
 
 T = TypeVar("T")
@@ -318,7 +319,7 @@ def _verify(job: VerifyJob, settings: Settings | None, *, json: bool) -> int:
         read_manifest(job.folder)  # what is no copy is refused before Prefect is loaded
     failure: IntegrityMismatch | None = None
     try:
-        found = _shown(flow)
+        found = _shown(flow, stopping="Stopping: nothing was changed")
     except IntegrityMismatch as error:
         failure, found = error, error.found
     if json:
@@ -340,7 +341,7 @@ def _boot_check(job: BootJob, *, json: bool) -> int:
         return partial(boot_check, options=job)
 
     need_tools(uefi=boots_by_uefi(read_domain(job.folder)))  # what cannot be is refused before Prefect is loaded
-    check = _shown(flow)
+    check = _shown(flow, stopping="Stopping: the guest is ended, and nothing of it stays")
     if json:
         print(check.model_dump_json(indent=2))
     else:
@@ -348,7 +349,7 @@ def _boot_check(job: BootJob, *, json: bool) -> int:
     return 0
 
 
-def _shown(flow: Callable[[], FlowCall[T]]) -> T:
+def _shown(flow: Callable[[], FlowCall[T]], *, stopping: str = STOPPING) -> T:
     """Load Prefect, run the flow that `flow` then returns, with its meters and lines shown, and return its result."""
     with Board(stderr()) as board:
         board.say("Loading Prefect")
@@ -359,11 +360,13 @@ def _shown(flow: Callable[[], FlowCall[T]]) -> T:
             METER_LISTENER.set(board.listen)
             return await run_flow(flow(), say=board.say)
 
-        return _run(run(), say=board.say)
+        return _run(run(), say=board.say, stopping=stopping)
 
 
-def _run(work: Coroutine[Any, Any, T], *, say: Callable[[str], None]) -> T:
+def _run(work: Coroutine[Any, Any, T], *, say: Callable[[str], None], stopping: str = STOPPING) -> T:
     """Run a coroutine; the first SIGINT or SIGTERM cancels it, and it is let clean up, however often they come.
+
+    stopping: what is said then.
 
     It runs in a thread of its own: in the main one Prefect puts a handler of its own in place of ours.
     """
@@ -377,7 +380,7 @@ def _run(work: Coroutine[Any, Any, T], *, say: Callable[[str], None]) -> T:
     def stop(*_: object) -> None:
         loop, task = ready.result()
         if not (task.done() or task.cancelling()):
-            say("Stopping: the transfer ends, then the snapshot is removed")
+            say(stopping)
             loop.call_soon_threadsafe(task.cancel)
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="flow") as pool:

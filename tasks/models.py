@@ -354,7 +354,15 @@ class DownloadManifest(Value):
 
 
 Verdict = Literal[
-    "equal", "content differs", "digests differ", "both differ", "manifest differs", "missing", "damaged", "in use"
+    "equal",
+    "content differs",
+    "digests differ",
+    "both differ",
+    "manifest differs",
+    "missing",
+    "damaged",
+    "unreadable",
+    "in use",
 ]
 
 

@@ -42,6 +42,7 @@ REMEDIES: dict[Verdict, str] = {
     "export's. Put it back from a backup",
     "missing": AGAIN,
     "damaged": f"It was cut, resized or damaged since. {AGAIN}",
+    "unreadable": "See that it is a file, that this account can read it, and that the storage below it is well",
     "in use": "A guest that runs from it changes it: verify before its first start, or what it runs from no more",
 }
 
@@ -85,9 +86,9 @@ def prove(
     is not installed.
     """
     try:
+        if not claim.path.exists():
+            return _row(claim, "missing", "there is no such file")
         return _examined(claim, progress, stop)
-    except (FileNotFoundError, NotADirectoryError):
-        return _row(claim, "missing", "there is no such file")
     except FileLocked:
         return _row(claim, "in use", "another program has it open for writing")
     except ToolFailed as error:
@@ -97,7 +98,7 @@ def prove(
     except (UnsupportedDisk, IntegrityMismatch) as error:
         return _row(claim, "damaged", error.reason if isinstance(error, UnsupportedDisk) else error.where)
     except OSError as error:
-        return _row(claim, "damaged", error.strerror or str(error))
+        return _row(claim, "unreadable", error.strerror or str(error))
 
 
 def _examined(claim: Claim, progress: Callable[[int], None] | None, stop: threading.Event | None) -> VerifiedFile:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from tasks import errors
 from tasks.images.digests import HEADER_BYTES, LEAF_BYTES, RECORD_BYTES
 from tasks.images.job import job_lock
 from tasks.models import Extent, Verification, VerifyJob
+from tasks.source import sample_disk
 from tests.labs import ROOT, running_lab
 from tests.runs import download, export, vcenter_of
 
@@ -32,7 +34,11 @@ SITE = {
         {
             "name": "DC",
             "clusters": [{"name": "c", "hosts": ["esx1"]}],
-            "vms": [{"name": "web", "disks": DISKS}, {"name": "off", "power": "off", "disks": DISKS}],
+            "vms": [
+                {"name": "web", "disks": DISKS},
+                {"name": "off", "power": "off", "disks": DISKS},
+                {"name": "brief", "disks": [{"size": MIB}]},
+            ],
         }
     ]
 }
@@ -56,13 +62,19 @@ async def originals(prefect_api, site, tmp_path_factory) -> Path:
     `qcow2/web`, `raw/web`, `qcow2/off`, `files/off`.
     """
     top = tmp_path_factory.mktemp("copies")
-    site.govc("snapshot.create", "-vm", site.vm("web")["path"], "-m=false", "kept")
-    kept = re.findall(r"snapshot-\d+", site.govc("snapshot.tree", "-i", "-vm", site.vm("web")["path"]))[0]
+    kept = snapshot_of(site, "web")
     await export(site, top / "qcow2", "web", snapshot_moref=kept)
     await export(site, top / "raw", "web", format="raw", snapshot_moref=kept)
     await export(site, top / "qcow2", "off")
     await download(site, top / "files", "off")
     return top
+
+
+def snapshot_of(lab, name: str) -> str:
+    """Have somebody take a snapshot of a VM, and return its moref."""
+    path = lab.vm(name)["path"]
+    lab.govc("snapshot.create", "-vm", path, "-m=false", "kept")
+    return str(re.findall(r"snapshot-\d+", lab.govc("snapshot.tree", "-i", "-vm", path))[0])
 
 
 @pytest.fixture
@@ -210,15 +222,48 @@ async def test_a_vm_that_is_off_is_sampled_while_nobody_writes_to_its_disks(orig
         await sampled(site, folder)  # the bit was turned back since
 
 
-async def test_a_snapshot_that_is_gone_is_refused_with_what_to_do(originals, site, copies):
-    folder = copies / "raw" / "web"
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["snapshot"]["moref"] = "snapshot-9999"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(
-        errors.SourceChanged, match=r"its snapshot kept is gone, and it is not powered off.*snapshot-moref"
-    ):
-        await sampled(site, folder)
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("raw/web", {"snapshot": {"moref": "snapshot-9999"}}, "its snapshot kept is gone, and it is not powered off"),
+        ("raw/web", {"snapshot": {"created": "2020-01-01T00:00:00+00:00"}}, "its snapshot kept is gone"),
+        ("raw/web", {"vcenter_uuid": "another"}, "it was copied from another server than"),
+        ("raw/web", {"disks": [{"source": "[old] web/web.vmdk"}]}, r"disk 0 lay at \[old\] web/web.vmdk and is now \["),
+        (
+            "qcow2/off",
+            {"snapshot": None, "vm": {"change_version": "older"}},
+            "it was copied without a snapshot, and was started or reconfigured since",
+        ),
+    ],
+)
+async def test_a_source_that_has_moved_on_is_refused_with_what_to_do(copies, site, name, changes, reason):
+    path = copies / name / "manifest.json"
+    path.write_text(json.dumps(merged(json.loads(path.read_text()), changes)))
+    with pytest.raises(errors.SourceChanged, match=f"{reason}.*--vs-snapshot-moref"):
+        await sampled(site, copies / name)
+
+
+def merged(value: Any, changes: Any) -> Any:
+    """Return JSON with what `changes` says put in its place, however deep."""
+    if isinstance(changes, dict) and isinstance(value, dict):
+        return {**value, **{name: merged(value[name], change) for name, change in changes.items()}}
+    if isinstance(changes, list):
+        return [merged(old, new) for old, new in zip(value, changes, strict=False)] + value[len(changes) :]
+    return changes
+
+
+async def test_a_snapshot_that_goes_while_it_is_read_makes_the_sample_worthless(site, tmp_path, monkeypatch):
+    kept = snapshot_of(site, "brief")
+    await export(site, tmp_path, "brief", snapshot_moref=kept)
+
+    async def read_then_gone(*args: Any, **options: Any) -> Any:
+        found = await sample_disk(*args, **options)
+        site.govc("snapshot.remove", "-vm", site.vm("brief")["path"], "*")
+        return found
+
+    monkeypatch.setattr("flows.verify.sample_disk", read_then_gone)
+    with pytest.raises(errors.SourceChanged, match="it is gone"):
+        await sampled(site, tmp_path / "brief")
 
 
 async def test_a_copy_that_differs_is_not_held_against_the_source(copies, site):

@@ -190,8 +190,9 @@ def test_a_file_that_is_not_there_is_missing(tmp_path: Path, name: str) -> None:
     assert (file.verdict, in_words(file)) == ("missing", "missing, there is no such file")
 
 
-def test_what_is_no_file_is_damaged(tmp_path: Path) -> None:
-    assert prove(claimed(tmp_path, "qcow2", path=tmp_path)).detail == "Is a directory"
+def test_what_is_no_file_is_unreadable(tmp_path: Path) -> None:
+    file = prove(claimed(tmp_path, "qcow2", path=tmp_path))
+    assert (file.verdict, file.detail) == ("unreadable", "Is a directory")
 
 
 def test_an_image_on_top_of_another_is_not_followed(tmp_path: Path) -> None:
