@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +62,8 @@ echo $? >"$state/ended"
 sleep infinity & child=$!
 wait $child
 """
+# Of libvirt's log, and of a shell whose child we end: not why a start was refused.
+_NOISE = re.compile(r": (?:info|warning) :|^Terminated$")
 _FIRST = 'virt-qemu-run "$@"; exit $?'
 
 
@@ -192,21 +194,30 @@ def _started(place: _Place, stop: threading.Event) -> Iterator[_Guest]:
     spaces = ["unshare", "--user", f"--map-user={user[0]}", f"--map-group={user[1]}", "--net", "--pid", "--fork"]
     inside = ["--kill-child", "--mount-proc", "sh", "-c", _FIRST, "sh", "-r", str(place.state), str(place.domain)]
     keeper = ["sh", "-c", _KEEPER, "sh", str(place.state), str(place.overlays)]
-    with process.child([*keeper, *spaces, *inside], by="TERM") as running:
-        deadline = time.monotonic() + START_S
-        while not (place.monitor.exists() and place.serial.exists()):
-            if stop.wait(0.1):
-                raise process.Stopped
-            if place.ended.exists() or time.monotonic() > deadline:
-                raise _refused(running)
-        with Qmp(place.monitor) as monitor:
-            yield _Guest(place, monitor, stop)
+    with (
+        process.child([*keeper, *spaces, *inside], by="TERM") as running,
+        _monitor_of(place, running, stop) as monitor,
+    ):
+        yield _Guest(place, monitor, stop)
+
+
+def _monitor_of(place: _Place, running: subprocess.Popen[bytes], stop: threading.Event) -> Qmp:
+    """Return a connection to QEMU once it talks. It may open the socket, and then find that it cannot start."""
+    deadline = time.monotonic() + START_S
+    while True:
+        with suppress(OSError):
+            return Qmp(place.monitor)
+        if stop.wait(0.1):
+            raise process.Stopped
+        if place.ended.exists() or time.monotonic() > deadline:
+            raise _refused(running)
 
 
 def _refused(running: subprocess.Popen[bytes]) -> ToolFailed:
     assert running.stderr
     process.end_group(running, close=False)
-    lines = running.stderr.read().decode(errors="replace").splitlines()
+    said = running.stderr.read().decode(errors="replace").splitlines()
+    lines = [line for line in said if not _NOISE.search(line)]
     remedy = "Define the domain by hand to look into it; where it is KVM that fails, give --boot-accelerator tcg"
     return ToolFailed(argv=("virt-qemu-run",), status=1, last_lines=tuple(lines[-process.LAST_LINES :]), remedy=remedy)
 
@@ -267,6 +278,8 @@ class _Guest:
 
 
 def _tail(path: Path) -> bytes:
+    if not path.exists():
+        return b""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
         return file.read()

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 from prefect.settings import PREFECT_API_URL
 
+from tasks.errors import ToolFailed
 from tasks.images.boot import PACKAGES, boot
 from tasks.images.domain import DOMAIN
 from tasks.models import BootCheck, BootWishes
@@ -175,6 +176,13 @@ def test_a_panic_is_read_off_the_screen_where_the_kernel_is_silent_on_the_serial
     assert check.verdict == "fails"
     assert "Unable to mount root fs" in check.recognised
     assert "Unable to mount root fs" not in "".join(check.serial_tail)
+
+
+def test_what_libvirt_refuses_is_told_in_its_own_words(copy: Path) -> None:
+    (copy / DOMAIN).write_text((copy / DOMAIN).read_text().replace('machine="pc"', 'machine="no-such-board"'))
+    with pytest.raises(ToolFailed, match=r"virt-qemu-run failed .*no-such-board"):
+        boot(copy, BootWishes(), stop=threading.Event())
+    assert {path.name for path in copy.iterdir()} == {DOMAIN, "disk-0.qcow2"}
 
 
 def processes_naming(path: Path) -> list[str]:
