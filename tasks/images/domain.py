@@ -1,6 +1,6 @@
 """The libvirt domain that starts an exported VM as it is: its own controllers and network cards, its own identity.
 
-Pure: from what vSphere said and where the images lie to XML; nothing is read, written or started here. What QEMU has
+Pure: from what vSphere said and where the images lie to XML; nothing is read, written or started here. What libvirt has
 no twin of is replaced by what most guests have a driver for, and said. Source: libvirt's docs/formatdomain.rst.
 """
 
@@ -35,7 +35,7 @@ _CONTROLLERS_WITHOUT_TWIN = {
     "VirtualLsiLogicController": "LSI Logic Parallel",
     "VirtualBusLogicController": "BusLogic",
     "VirtualNVMEController": "NVMe",
-    "VirtualIDEController": "IDE beside UEFI",
+    "VirtualIDEController": "IDE beside secure boot",
 }
 _CDROMS = ("VirtualCdrom", "VirtualRemoteCdrom")
 _CARRIED = (*_CDROMS, "VirtualSerialPort", "VirtualTPM", "VirtualUSBController", "VirtualUSBXHCIController")
@@ -120,10 +120,10 @@ def _changes(plan: _Plan) -> Iterator[str]:
     for image in plan.images:
         if model := plan.slots[image.disk_key].stands_in_for:
             what = _CONTROLLERS_WITHOUT_TWIN.get(model, model)
-            yield f"{image.path} is on SATA: QEMU has no {what} for it, and the guest may need conversion to boot"
+            yield f"{image.path} is on SATA: libvirt has no twin of {what}, and the guest may need conversion to boot"
     for nic in plan.vm.nics:
         if nic.model not in _NICS:
-            yield f"{nic.label} is an {_nic_model(nic)}: QEMU has no {nic.model}"
+            yield f"{nic.label} is an {_nic_model(nic)}: libvirt has no twin of {nic.model}"
     for port in _devices_of(plan.vm, "VirtualSerialPort"):
         if port.backing:
             yield f"{port.label} is a pty: it was {one_line(port.backing)}"

@@ -1,4 +1,4 @@
-"""Where each drive sits in a libvirt domain: on a controller of the source's model, on SATA where QEMU has none.
+"""Where each drive sits in a libvirt domain: on a controller of the source's model, on SATA where libvirt has none.
 
 Every address is given, none left to libvirt: it would put the second disk of a `vmpvscsi` controller on a LUN, and
 QEMU's has targets only (hw/scsi/vmw_pvscsi.c: max_lun 0).
@@ -14,7 +14,7 @@ from tasks.models import Controller, Device, DiskImage, VirtualMachine
 
 
 class Kind(NamedTuple):
-    """A controller that QEMU has. `units`: how many drives one takes."""
+    """A controller that libvirt has. `units`: how many drives one takes."""
 
     bus: Literal["ide", "sata", "scsi"]
     model: str
@@ -24,7 +24,7 @@ class Kind(NamedTuple):
 class Slot(NamedTuple):
     """Place of a drive. `unit`: the port of SATA, the target of SCSI, of IDE twice the channel and 1 for the second.
 
-    `stands_in_for`: the vSphere type of the controller that QEMU has no twin of; "" where it is the source's own.
+    `stands_in_for`: the vSphere type of the controller that libvirt has no twin of; "" where it is the source's own.
     """
 
     kind: Kind
