@@ -6,11 +6,14 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 
-# qemu-utils: qemu-img and qemu-nbd. util-linux: setpriv. The rest judges the lab from outside, or draws the UI.
+# qemu-utils: qemu-img and qemu-nbd. util-linux: setpriv, partx. mtools: looks for a boot loader.
+# libvirt-clients: virsh. The rest judges the lab from outside, or draws the UI.
 # Debian's own Python comes without venv, which is a package of its own there.
-APT := qemu-utils util-linux $(shell python3 -c 'import venv, ensurepip' 2>/dev/null || echo python3-venv)
-APT_TEST := libvirt-clients openssl procps curl e2fsprogs mount
-APT_E2E := chromium
+APT := qemu-utils util-linux mtools libvirt-clients $(shell python3 -c 'import venv, ensurepip' 2>/dev/null || echo python3-venv)
+APT_TEST := libxml2-utils openssl procps curl e2fsprogs fdisk mount
+# What a boot check needs; chromium draws the UI; GRUB is for guests made here; the rest is a libvirtd of the test's own.
+APT_BOOT := qemu-system-x86 libvirt-daemon-driver-qemu ovmf
+APT_E2E := $(APT_BOOT) chromium grub-common iproute2 libvirt-daemon swtpm swtpm-tools
 APT_BENCH := nginx-light libnbd-bin nbdkit
 
 .PHONY: help setup setup-test setup-e2e demo test lint format e2e soak bench lab up down clean constraints cassettes

@@ -8,8 +8,12 @@ from pathlib import Path
 from prefect import flow
 
 from blocks import VCenter
+from tasks.boot import check_boot, proven
 from tasks.convert import land
+from tasks.define import check_definable, define
+from tasks.describe import describe_domain
 from tasks.disks import copyable_disks
+from tasks.images.boot import need_tools
 from tasks.images.files import allocated_bytes
 from tasks.images.output import DiskFiles, give_up, refuse_existing
 from tasks.images.state import JobState, discard, read_state, write_state
@@ -35,16 +39,25 @@ async def export_vm(vcenter: VCenter, options: ExportJob) -> Manifest:
 
     A snapshot freezes the VM, each disk is read by the road chosen, the snapshot is removed whatever happens,
     the images are read back and compared, and only then get their names: `<output folder>/<VM>/disk-<n>.qcow2`,
-    with `manifest.json` beside them. The source VM is left as it was. A run that was killed, or whose vCenter went
-    away, is gone on with by the next run to the same folder.
+    with `domain.xml`, which libvirt starts them by, and `manifest.json` beside them. The source VM is left as it was.
+    A run that was killed, or whose vCenter went away, is gone on with by the next run to the same folder. On request
+    the copy is started aside at the end; it is kept whatever comes of that.
 
     Args:
         vcenter: Where the VM is now: a saved vCenter, or a new one through Add.
         options: Which VM to export, where to, and how.
     """
     async with job_at_work(vcenter, options) as job:
+        if options.boot_check:
+            need_tools(uefi=job.vm.firmware == "efi")
+        await check_definable(job.vm, job.folder, options)
         state = await _arrived(vcenter, job, options)
-        return await _landed(vcenter, state, job.folder, options)
+        manifest = await _landed(vcenter, state, job.folder, options)
+        if options.boot_check:
+            proven(await check_boot(job.folder, options.boot), job.folder)
+        if options.define:
+            await define(vcenter, manifest, job.folder, options)
+        return manifest
 
 
 async def _arrived(vcenter: VCenter, job: Job, options: ExportJob) -> JobState:
@@ -79,6 +92,7 @@ async def _landed(vcenter: VCenter, state: JobState, folder: Path, options: Expo
     calls = [partial(land, state.vm, each, DiskFiles(folder, each.disk.index), options) for each in state.arrivals]
     with kept_if_interrupted(partial(give_up, folder)):
         images = await side_by_side(calls, at_once=options.parallel_disks)
-    manifest = manifest_of(vcenter, state, tuple(images), options)
-    await commit(manifest, folder)
+        domain, xml = await describe_domain(state, images, folder, options)
+    manifest = manifest_of(vcenter, state, tuple(images), options, domain)
+    await commit(manifest, folder, xml)
     return manifest

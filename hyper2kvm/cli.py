@@ -22,16 +22,29 @@ from pydantic import ValidationError
 
 from hyper2kvm import __version__
 from hyper2kvm.settings import Settings, password_from
-from hyper2kvm.terminal import Board, show_error, show_verification, stderr, stdout, summary
+from hyper2kvm.terminal import Board, boot_line, show_error, show_verification, stderr, stdout, summary
 from tasks.errors import Hyper2KvmError, IntegrityMismatch, InvalidInput, NotBuilt
+from tasks.images.boot import need_tools
+from tasks.images.boot_domain import boots_by_uefi, read_domain
+from tasks.images.files import safe_name
 from tasks.images.job import nobody_at_work
 from tasks.images.manifest import read_manifest
-from tasks.models import CONNECTIONS, DownloadManifest, ExportOptions, Manifest, Verification, VerifyJob
+from tasks.models import (
+    CONNECTIONS,
+    BootCheck,
+    BootJob,
+    DownloadManifest,
+    ExportJob,
+    ExportOptions,
+    Manifest,
+    Verification,
+    VerifyJob,
+)
 from tasks.text import one_line
 
-LATER_ACTIONS = ("vddk-export", "cbt-sync", "preflight", "boot-check")
+LATER_ACTIONS = ("vddk-export", "cbt-sync", "preflight")
 MODES = {"export-vm": "export", "download-vm": "download_only"}
-ACTIONS = (*MODES, "verify", "list-vms")
+ACTIONS = (*MODES, "verify", "boot-check", "list-vms")
 STOPPING = "Stopping: the transfer ends, then the snapshot is removed"
 INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
 
@@ -79,12 +92,21 @@ def vsphere(
     vs_snapshot_moref: str | None = None,
     parallel_disks: int = 2,
     skip_readback: Annotated[bool, Parameter(negative=())] = False,
+    network_map: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    define: Annotated[bool, Parameter(negative=())] = False,
+    libvirt_uri: str = "qemu:///system",
+    define_while_source_runs: Annotated[bool, Parameter(negative=())] = False,
     include_glob: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     exclude_glob: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     max_files: int = 1000,
     concurrency: int = 3,
     fail_on_missing: Annotated[bool, Parameter(negative=())] = False,
     snapshot: Annotated[bool, Parameter(negative=())] = False,
+    boot_check: Annotated[bool, Parameter(negative=())] = False,
+    boot_timeout: int = 0,
+    boot_expect: str = "",
+    boot_accelerator: str = "auto",
+    scratch: Path | None = None,
     against_source: Annotated[bool, Parameter(negative=())] = False,
     sample: int = 64,
     seed: int = 0,
@@ -97,11 +119,12 @@ def vsphere(
     Parameters
     ----------
     what
-        With list-vms: a pattern, only VMs whose name or inventory path matches. With verify: the folder of a copy.
+        With list-vms: a pattern, only VMs whose name or inventory path matches. With verify and boot-check: the folder
+        of a copy.
     vs_action
-        export-vm, download-vm, verify or list-vms.
+        export-vm, download-vm, verify, boot-check or list-vms.
     vcenter
-        Name or address; host:port is understood. verify needs it only with --against-source.
+        Name or address; host:port is understood. boot-check needs none, verify only with --against-source.
     username
         Account to log in with.
     password_file
@@ -142,6 +165,14 @@ def vsphere(
         Disks copied side by side.
     skip_readback
         Do not read the images back to verify them; the report says so.
+    network_map
+        Network of vSphere, colon, network of libvirt; may be given several times. Not named: libvirt's default.
+    define
+        Put the exported domain into libvirt, not started; refused while the source VM is powered on.
+    libvirt_uri
+        The libvirt that --define means.
+    define_while_source_runs
+        Define it although the source VM is powered on.
     include_glob
         With download-vm: only files whose path in the VM's folder matches; may be given several times.
     exclude_glob
@@ -154,6 +185,16 @@ def vsphere(
         With download-vm: fail where a file that a disk is made of is not there, or any file goes meanwhile.
     snapshot
         With download-vm: freeze a running VM by a snapshot for the duration.
+    boot_check
+        With export-vm: start the finished copy aside, and fail if it is not seen to boot; the copy is kept.
+    boot_timeout
+        Seconds that a boot check gives the guest; 0: 120 under KVM, 300 without.
+    boot_expect
+        Regular expression of what the guest says or shows once it is up; else a login prompt and the like.
+    boot_accelerator
+        Of a boot check: auto, kvm or tcg.
+    scratch
+        With boot-check: where what the guest writes lies meanwhile; else beside the images.
     against_source
         With verify: also read a random sample of each disk at the source, while it still holds what was copied.
     sample
@@ -178,12 +219,20 @@ def vsphere(
         "snapshot_moref": vs_snapshot_moref,
         "parallel_disks": parallel_disks,
         "skip_readback": skip_readback,
+        "network_map": network_map,
+        "define": define,
+        "libvirt_uri": libvirt_uri,
+        "define_while_source_runs": define_while_source_runs,
         "include_glob": include_glob,
         "exclude_glob": exclude_glob,
         "max_files": max_files,
         "download_only_concurrency": concurrency,
         "fail_on_missing": fail_on_missing,
         "snapshot": snapshot,
+        "boot_check": boot_check,
+        "boot_timeout_s": boot_timeout,
+        "boot_expect": boot_expect,
+        "boot_accelerator": boot_accelerator,
     }
 
     def settings() -> Settings:
@@ -210,6 +259,10 @@ def vsphere(
             folder = Path(_given("The folder", what, vs_action)).absolute()
             job = VerifyJob(folder=folder, against_source=against_source, sample=sample, seed=seed)
             return _verify(job, settings() if against_source else None, json=json)
+        if vs_action == "boot-check":
+            boot = {"timeout_s": boot_timeout, "expect": boot_expect, "accelerator": boot_accelerator}
+            folder = Path(_given("The folder", what, vs_action)).absolute()
+            return _boot_check(BootJob(folder=folder, scratch=str(scratch or ""), boot=boot), json=json)
         actions = f"{', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}"
         if vs_action in LATER_ACTIONS:
             raise NotBuilt(what=f"--vs-action {vs_action}", instead=actions)
@@ -258,8 +311,12 @@ def _run_mode(options: ExportOptions, settings: Settings, *, json: bool) -> int:
         print(manifest.model_dump_json(indent=2))
     else:
         console = stdout()
-        for line in summary(manifest, job.output_dir, time.monotonic() - started):
+        for line in summary(manifest, job, time.monotonic() - started):
             console.print(one_line(line))
+        if isinstance(job, ExportJob) and job.boot_check:
+            from tasks.boot import last_check
+
+            console.print(boot_line(last_check(job.output_dir / safe_name(manifest.vm.name))))
     return 0
 
 
@@ -286,6 +343,23 @@ def _verify(job: VerifyJob, settings: Settings | None, *, json: bool) -> int:
     if failure:
         _tell(failure, json=False)
     return failure.exit_status if failure else 0
+
+
+def _boot_check(job: BootJob, *, json: bool) -> int:
+    """Run a boot check and print what it rests on; one that proves nothing is told as the failure that it is."""
+
+    def flow() -> FlowCall[BootCheck]:
+        from flows.boot_check import boot_check
+
+        return partial(boot_check, options=job)
+
+    need_tools(uefi=boots_by_uefi(read_domain(job.folder)))  # what cannot be is refused before Prefect is loaded
+    check = _shown(flow, stopping="Stopping: the guest is ended, and nothing of it stays")
+    if json:
+        print(check.model_dump_json(indent=2))
+    else:
+        stdout().print(boot_line(check))
+    return 0
 
 
 def _shown(flow: Callable[[], FlowCall[T]], *, stopping: str = STOPPING) -> T:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -19,7 +20,16 @@ from rich.table import Table
 from tasks.errors import Hyper2KvmError
 from tasks.images.files import safe_name
 from tasks.images.prove import in_words, sample_in_words, wrong_leaves
-from tasks.models import DiskImage, DownloadManifest, Manifest, Verification
+from tasks.models import (
+    BootCheck,
+    DiskImage,
+    Domain,
+    DownloadManifest,
+    ExportJob,
+    JobOptions,
+    Manifest,
+    Verification,
+)
 from tasks.text import one_line
 
 if TYPE_CHECKING:
@@ -100,8 +110,9 @@ def _pace(meter: Meter) -> str:
     return f"{rate / MIB:.0f} MiB/s{left}"
 
 
-def summary(manifest: Manifest | DownloadManifest, output_dir: Path, seconds: float) -> list[str]:
+def summary(manifest: Manifest | DownloadManifest, job: JobOptions, seconds: float) -> list[str]:
     """Return the lines that end a successful run."""
+    output_dir = job.output_dir
     if isinstance(manifest, DownloadManifest):
         return _download_summary(manifest, output_dir, seconds)
     moved = sum(image.bytes_transferred for image in manifest.disks)
@@ -109,9 +120,20 @@ def summary(manifest: Manifest | DownloadManifest, output_dir: Path, seconds: fl
     for image in manifest.disks:
         what = f"{image.virtual_size / MIB:,.0f} MiB, {image.format} {_passes(image)}"
         lines.append(f"  {image.path}  {what}, read back: {image.verified}, {image.digest}")
+    if manifest.domain:
+        lines += _domain_lines(manifest.domain)
+        if isinstance(job, ExportJob) and job.define:
+            lines.append(f"  defined: virsh -c {job.libvirt_uri} start {shlex.quote(manifest.domain.name)}")
     lines += [f"  note: {warning}" for warning in manifest.warnings]
     lines.append(f"{moved:,} bytes in {seconds:.1f} s ({moved / MIB / seconds:,.0f} MiB/s), verified")
     return lines
+
+
+def _domain_lines(domain: Domain) -> Iterator[str]:
+    yield f"  {domain.path}  {domain.name}, machine {domain.machine}"
+    yield from (f"  network: {source} -> {target}" for source, target in domain.networks.items())
+    yield from (f"  changed: {each}" for each in domain.changed)
+    yield from (f"  not carried over: {each}" for each in domain.not_carried)
 
 
 def _passes(image: DiskImage) -> str:
@@ -128,6 +150,11 @@ def _download_summary(manifest: DownloadManifest, output_dir: Path, seconds: flo
     lines += [f"  note: {warning}" for warning in manifest.warnings]
     lines.append(f"{len(manifest.files)} files, {size:,} bytes; {moved:,} bytes moved in {seconds:.1f} s, verified")
     return lines
+
+
+def boot_line(check: BootCheck) -> str:
+    """Return the line that says what proves that a copy boots."""
+    return one_line(f"{check.domain} boots ({check.accelerator}, {check.seconds:.0f} s): {check.recognised}")
 
 
 def show_verification(found: Verification, console: Console) -> None:

@@ -27,13 +27,12 @@ async def land(vm: VirtualMachine, arrived: Arrival, files: DiskFiles, options: 
     """
     _refuse_another_format(files, options.format)
     converted = (arrived.format, "none") != (options.format, options.compression)
-    image, adopted = files.final(options.format), files.final(options.format).exists()
-    if not adopted:
-        image = files.converted if converted else files.part(options.format)
-        if converted:
-            await convert(vm, arrived, files, options)
-        else:
-            _say_skipped(arrived)
+    adopted = files.final(options.format).exists()
+    if not adopted and converted:
+        await convert(vm, arrived, files, options)
+    elif not adopted:
+        _say_skipped(arrived)
+    image = files.image(options.format, converted=converted)
     skip = options.skip_readback and not adopted
     verified = await read_back(vm, arrived, image, files.sidecar, options.format, skip=skip)
     return _image(arrived, options.format, verified, converted=converted)
@@ -107,6 +106,8 @@ def _image(arrived: Arrival, image_format: ImageFormat, verified: ReadBack, *, c
     return DiskImage(
         index=disk.index,
         disk_key=disk.key,
+        controller_key=disk.controller_key,
+        unit_number=disk.unit_number,
         uuid=disk.uuid,
         change_id=disk.change_id,
         source=disk.datastore_path,

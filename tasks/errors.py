@@ -26,7 +26,11 @@
     ├── IntegrityMismatch            what was written is not what was read
     ├── JobLocked                    another run of the same job is at work
     ├── OutputExists
+    ├── NotDefined                   an exported VM that is not put into libvirt
     ├── DiskFull
+    ├── BootFailed                   the copy is there, and its domain was seen not to start
+    ├── BootUnproven                 the same, and nothing proves that it starts or that it does not
+    ├── ToolMissing
     └── ToolFailed                   a program that we ran, with its last lines
 
 A class's docstring is its message, with blanks for the fields given to it; ``remedy`` says what to do.
@@ -255,10 +259,37 @@ class OutputExists(Hyper2KvmError):
     remedy = "Choose another output folder, or move it away (a finished copy is never deleted by us)"
 
 
+class NotDefined(Hyper2KvmError):
+    """{name} is not defined in libvirt ({uri}): {reason}"""
+
+    remedy = "{remedy}"
+
+
 class DiskFull(Hyper2KvmError):
     """{path} has not enough room: {need} bytes needed, {have} there"""
 
     remedy = "Make room, or choose another output folder; for thick disks that are mostly zeros: --overcommit"
+
+
+class BootFailed(Hyper2KvmError):
+    """{domain} does not boot: {recognised}"""
+
+    remedy = "The copy is kept; see boot-check.png and boot-check.log in {folder}"
+
+
+class BootUnproven(Hyper2KvmError):
+    """Nothing proves that {domain} boots: {recognised}"""
+
+    remedy = (
+        "Look at boot-check.png and boot-check.log in {folder}; name what it should say on its serial port "
+        "(--boot-expect), or give it more time (--boot-timeout)"
+    )
+
+
+class ToolMissing(Hyper2KvmError):
+    """{tool} is needed {purpose}, and is not installed"""
+
+    remedy = "Install the package {package} (its name on Debian)"
 
 
 class ToolFailed(Hyper2KvmError):

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from tasks.errors import InvalidInput, NotBuilt
+from tasks.text import for_xml
 
 SECTOR_BYTES = 512
 FORMAT_VERSION = 1
@@ -141,6 +142,7 @@ class Nic(Value):
     model: str
     mac: str | None
     network: str | None
+    connected: bool = True  # when the VM starts
 
 
 class Controller(Value):
@@ -151,8 +153,23 @@ class Controller(Value):
     bus: int
 
 
+class Device(Value):
+    """Another device that a VM has by choice; `model`: its vSphere type (`VirtualCdrom`), `backing`: what is in it."""
+
+    key: int
+    label: str
+    model: str
+    backing: str = ""
+    controller_key: int | None = None
+    unit_number: int | None = None
+
+
 class VirtualMachine(Value):
-    """One VM, where it lies, and what it is made of. Names are shown decoded (`%2f` is `/`)."""
+    """One VM, where it lies, and what it is made of. Names are shown decoded (`%2f` is `/`).
+
+    `boot_keys`: keys of the disks and network cards that it was told to boot from, first first. `cores_per_socket`: 0
+    where vSphere chooses. `devices`: what is neither disk, controller nor network card, and not on every board.
+    """
 
     moref: str
     name: str
@@ -165,13 +182,18 @@ class VirtualMachine(Value):
     vpx_uri: str
     power_state: Literal["poweredOn", "poweredOff", "suspended"]
     firmware: Literal["bios", "efi"]
+    secure_boot: bool = False
+    boot_keys: tuple[int, ...] = ()
     cpus: int
+    cores_per_socket: int = 0
     memory_mib: int
+    video_ram_kib: int = 0
     vmx_path: str
     guest_id: str = ""
     guest_addresses: tuple[str, ...] = ()
     controllers: tuple[Controller, ...] = ()
     nics: tuple[Nic, ...] = ()
+    devices: tuple[Device, ...] = ()
     cbt_enabled: bool = False
     change_version: str = ""
 
@@ -258,6 +280,8 @@ class DiskImage(Value):
 
     index: int
     disk_key: int
+    controller_key: int | None = None
+    unit_number: int | None = None
     uuid: str | None
     change_id: str | None
     source: str
@@ -273,6 +297,21 @@ class DiskImage(Value):
     seconds: float = 0.0
 
 
+class Domain(Value):
+    """What `path` (relative to the manifest's folder) has libvirt start, and how that differs from the source.
+
+    `networks`: libvirt's by the source's. `changed`: what is otherwise than it was. `not_carried`: what is not there.
+    """
+
+    path: str
+    name: str
+    uuid: str
+    machine: Literal["pc", "q35"]
+    networks: dict[str, str] = {}
+    changed: tuple[str, ...] = ()
+    not_carried: tuple[str, ...] = ()
+
+
 class Manifest(Value):
     """One VM at one point in time: enough for a later sync or verification to need nothing else."""
 
@@ -281,6 +320,7 @@ class Manifest(Value):
     vm: VirtualMachine
     snapshot: Snapshot | None
     disks: tuple[DiskImage, ...]
+    domain: Domain | None = None
     consistent: bool
     created: str
     warnings: tuple[str, ...] = ()
@@ -397,6 +437,28 @@ class Verification(Value):
     seconds: float
 
 
+BootVerdict = Literal["boots", "fails", "unknown"]
+Accelerator = Literal["kvm", "tcg"]
+
+
+class BootCheck(Value):
+    """What came of starting a domain aside. `recognised`: the line that the verdict rests on, or why there is none.
+
+    `serial_tail` and `screen_text` are the last lines of either; `notes` say what of the machine was not the domain's.
+    """
+
+    version: int = FORMAT_VERSION
+    domain: str
+    verdict: BootVerdict
+    recognised: str
+    accelerator: Accelerator
+    seconds: float
+    serial_tail: tuple[str, ...] = ()
+    screen_text: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    created: str
+
+
 # ── what an operator asks for ────────────────────────────────────────────────────────────────────────
 
 
@@ -416,6 +478,14 @@ OptionalText = Annotated[str, BeforeValidator(lambda value: value or "")]
 def _bytes_of(rate: str) -> int:
     """Return what `60MiB` or `60MiB/s` is in bytes. Raises pydantic.ValidationError."""
     return int(TypeAdapter(ByteSize).validate_python(rate.removesuffix("/s")))
+
+
+def split_network(entry: str) -> tuple[str, str]:
+    """Return what `VM Network:lan` maps, and to which; the last colon counts. Raises ValueError."""
+    source, _, target = entry.rpartition(":")
+    if not (source and target.strip() and target.isprintable() and "/" not in target):
+        raise ValueError(f"{entry!r} is not a network of vSphere, a colon, and a network of libvirt (VM Network:lan)")
+    return source, target.strip()
 
 
 class JobOptions(BaseModel):
@@ -463,6 +533,66 @@ class JobOptions(BaseModel):
         if text and _bytes_of(text) < SLOWEST_BYTES_PER_S:
             raise ValueError(f"{text} is less than {SLOWEST_BYTES_PER_S // 1024} KiB a second: servers hang up on that")
         return text
+
+
+class BootWishes(BaseModel):
+    """How long a copy is given to boot, and what proves that it has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    timeout_s: int = Field(
+        default=0,
+        title="Time-out (s)",
+        description="Seconds that the guest is given. 0: 120 under KVM, 300 where QEMU must emulate the processor.",
+        examples=[120],
+        ge=0,
+    )
+    expect: OptionalText = Field(
+        default="",
+        title="Expected text",
+        description="Regular expression of what the guest says on its serial port, or shows in text mode, once it is "
+        "up. Empty: a login prompt, systemd's multi-user target, or Windows' serial console.",
+        examples=["app server ready"],
+    )
+    accelerator: Literal["auto", "kvm", "tcg"] = Field(
+        default="auto",
+        title="Accelerator",
+        description="auto: KVM where it works, else TCG, which emulates the processor and is slow.",
+        examples=["auto"],
+    )
+
+    @field_validator("expect")
+    @classmethod
+    def _is_a_pattern(cls, text: str) -> str:
+        try:
+            re.compile(text)
+        except re.error as error:
+            raise ValueError(f"{text!r} is no regular expression: {error}") from error
+        return text
+
+
+class BootJob(BaseModel):
+    """Which copy to start, and what proves that it boots."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: Path = Field(
+        title="Folder of the copy",
+        description="Folder on the worker's machine that an export has written, with domain.xml in it.",
+        examples=["/data/exports/production-web"],
+    )
+    scratch: OptionalText = Field(
+        default="",
+        title="Scratch folder",
+        description="Where what the guest writes lies meanwhile. Empty: beside the images.",
+        examples=["/var/tmp"],
+    )
+    boot: BootWishes = Field(
+        default=BootWishes(),
+        title="Boot check",
+        description="How long the copy is given, and what proves that it has started.",
+        examples=[{"timeout_s": 120}],
+    )
 
 
 class ExportJob(JobOptions):
@@ -524,16 +654,88 @@ class ExportJob(JobOptions):
         description="Do not read the target again to verify it. The report says that it was skipped.",
         examples=[False],
     )
+    network_map: tuple[str, ...] = Field(
+        default=(),
+        title="Networks",
+        description="Which network of libvirt takes the place of one of vSphere's, each as VM Network:lan. A network "
+        "that is not named becomes libvirt's default.",
+        examples=[["VM Network:lan"]],
+    )
+
+    define: bool = Field(
+        default=False,
+        title="Define in libvirt",
+        description="Put the exported domain into libvirt, not started. Refused before the first byte while the "
+        "source VM is powered on.",
+        examples=[True],
+    )
+    libvirt_uri: str = Field(
+        default="qemu:///system",
+        title="libvirt",
+        description="URI of the libvirt that the domain is defined in.",
+        examples=["qemu:///system"],
+        min_length=1,
+    )
+    define_while_source_runs: bool = Field(
+        default=False,
+        title="Define while the source runs",
+        description="Define the domain although its source is powered on: whoever starts it then has the same MACs, "
+        "addresses and identity twice.",
+        examples=[False],
+    )
+
+    @property
+    def networks(self) -> dict[str, str]:
+        """libvirt's networks by vSphere's."""
+        return dict(split_network(each) for each in self.network_map)
+
+    @field_validator("network_map")
+    @classmethod
+    def _maps_networks(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        for each in entries:
+            split_network(each)
+        return entries
+
+    boot_check: bool = Field(
+        default=False,
+        title="Check that it boots",
+        description="Start the finished copy aside, on overlays and without a network, and see that it boots. The copy "
+        "is kept whatever comes of that; the run fails if it does not.",
+        examples=[True],
+    )
+    boot: BootWishes = Field(
+        default=BootWishes(),
+        title="Boot check",
+        description="How long the copy is given, and what proves that it has started.",
+        examples=[{"timeout_s": 120}],
+    )
 
     @property
     def arrival_format(self) -> ArrivalFormat:
         """The format in which disks arrive: the one asked for, where one pass can write that."""
         return "qcow2" if self.format == "qcow2" and self.compression == "none" else "raw"
 
+    @field_validator("output_dir")
+    @classmethod
+    def _fits_xml(cls, folder: Path) -> Path:
+        if for_xml(str(folder)) != str(folder):
+            raise ValueError(
+                f"domain.xml cannot name images in {str(folder)!r}: choose a folder without such characters"
+            )
+        return folder
+
+    @model_validator(mode="after")
+    def _definable(self) -> Self:
+        if self.define and self.format == "vhdx":
+            raise ValueError("libvirt has no vhdx disks, so there is no domain to define: choose another format")
+        return self
+
     @model_validator(mode="after")
     def _compressible(self) -> Self:
         if self.compression != "none" and self.format != "qcow2":
             raise ValueError(f"compression {self.compression} is of qcow2 images, and the format is {self.format}")
+        if self.boot_check and self.format == "vhdx":
+            raise ValueError("libvirt starts nothing from vhdx, so there is no boot to check")
         return self
 
 
@@ -648,12 +850,20 @@ class ExportOptions(BaseModel):
     snapshot_moref: str | None = None
     parallel_disks: int = 2
     skip_readback: bool = False
+    network_map: tuple[str, ...] = ()
+    define: bool = False
+    libvirt_uri: str = "qemu:///system"
+    define_while_source_runs: bool = False
     include_glob: tuple[str, ...] = ()
     exclude_glob: tuple[str, ...] = ()
     max_files: int = 1000
     download_only_concurrency: int = 3
     fail_on_missing: bool = False
     snapshot: bool = False
+    boot_check: bool = False
+    boot_timeout_s: int = 0
+    boot_expect: str = ""
+    boot_accelerator: str = "auto"
 
     @model_validator(mode="before")
     @classmethod
@@ -673,7 +883,12 @@ class ExportOptions(BaseModel):
             )
         if self.export_mode == "download_only":
             return DownloadJob(concurrency=self.download_only_concurrency, **self._those_of(DownloadJob))
-        return ExportJob(**self._those_of(ExportJob))
+        return ExportJob(boot=self.boot(), **self._those_of(ExportJob))
+
+    def boot(self) -> BootWishes:
+        """Return how a boot check is to be done."""
+        wishes = {"timeout_s": self.boot_timeout_s, "expect": self.boot_expect, "accelerator": self.boot_accelerator}
+        return BootWishes.model_validate(wishes)
 
     def _those_of(self, mode: type[JobOptions]) -> dict[str, Any]:
         return self.model_dump(include=set(mode.model_fields))

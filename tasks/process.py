@@ -39,15 +39,21 @@ def dying_with_us(argv: Sequence[str], *, by: str = "KILL") -> list[str]:
 
 
 @contextmanager
-def child(argv: Sequence[str], *, stdin: int = subprocess.DEVNULL) -> Iterator[subprocess.Popen[bytes]]:
+def child(
+    argv: Sequence[str], *, stdin: int = subprocess.DEVNULL, by: str = "KILL"
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run `argv` in its own process group, stdout and stderr piped; at the end of the block the whole group is gone.
 
-    It dies with the *thread* that enters the block, so enter it in one that lives as long.
+    It dies with the *thread* that enters the block, by the signal `by`, so enter it in one that lives as long.
     Raises ToolFailed (status 127) where there is no such program.
     """
     try:
         process = subprocess.Popen(
-            dying_with_us(argv), stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            dying_with_us(argv, by=by),
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
     except FileNotFoundError as error:
         raise ToolFailed(
@@ -98,15 +104,16 @@ def run(
     stop: threading.Event | None = None,
     timeout_s: float | None = None,
     package: str = "",
+    keep_lines: int = LAST_LINES,
 ) -> str:
-    """Run `argv` to its end and return its stdout (the last `LAST_LINES` lines of it).
+    """Run `argv` to its end and return its stdout, the last `keep_lines` of it.
 
     progress: called with 0..100 for each line `(12.34/100%)` that it prints, which is how qemu-img -p reports.
     stop: when set, the program is ended and Stopped is raised. package: where the program comes from, for the remedy
     where it is missing. Raises ToolFailed (TimeoutError past `timeout_s`).
     """
     deadline = time.monotonic() + timeout_s if timeout_s else None
-    out, err = _Lines(progress), _Lines(progress)
+    out, err = _Lines(progress, keep_lines), _Lines(progress)
     with child(argv) as process:
         for _ in _pump(process, out, err):
             if stop and stop.is_set():
@@ -149,9 +156,9 @@ class _Lines:
 
     _PERCENT = re.compile(rb"\((\d{1,3}(?:\.\d+)?)/100%\)")
 
-    def __init__(self, progress: Callable[[float], None] | None) -> None:
+    def __init__(self, progress: Callable[[float], None] | None, keep: int = LAST_LINES) -> None:
         self._progress = progress or (lambda _: None)
-        self._kept: deque[bytes] = deque(maxlen=LAST_LINES)
+        self._kept: deque[bytes] = deque(maxlen=keep)
         self._rest = b""
 
     def feed(self, chunk: bytes) -> bool:

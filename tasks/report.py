@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import ItemsView, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from prefect.artifacts import acreate_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from blocks import VCenter
+from tasks.images.domain import UNKNOWN_FORMATS
 from tasks.images.output import MANIFEST, land_all
 from tasks.images.state import JobState
-from tasks.models import DiskImage, ExportJob, Manifest, Snapshot
+from tasks.models import DiskImage, Domain, ExportJob, Manifest, Snapshot
 from tasks.steps import in_thread, quietly
 from tasks.text import cell, one_line
 
@@ -20,23 +22,26 @@ MIB = 1024 * 1024
 
 
 @task(name="manifest", task_run_name="manifest of {manifest.vm.name}", cache_policy=NO_CACHE)
-async def commit(manifest: Manifest, folder: Path) -> None:
-    """Give every verified file its final name, then write `manifest.json`: from then on the export counts.
+async def commit(manifest: Manifest, folder: Path, domain_xml: str) -> None:
+    """Give every verified file its final name, write `domain.xml`, then `manifest.json`: now the export counts.
 
     Raises OutputExists. Leaves the report among the run's artifacts.
     """
-    await in_thread(land_all, None, folder, manifest)
+    await in_thread(land_all, None, folder, manifest, domain_xml)
     key, description = f"export-{manifest.vm.moref}", f"Export of {one_line(manifest.vm.name)}"
     await quietly(acreate_markdown_artifact(markdown(manifest, folder), key=key, description=description))
 
 
-def manifest_of(vcenter: VCenter, state: JobState, images: tuple[DiskImage, ...], options: ExportJob) -> Manifest:
+def manifest_of(
+    vcenter: VCenter, state: JobState, images: tuple[DiskImage, ...], options: ExportJob, domain: Domain | None
+) -> Manifest:
     """Return the manifest of a job whose disks have all landed."""
     return Manifest(
         vcenter_uuid=state.vcenter_uuid,
         vm=state.vm,
         snapshot=state.snapshot,
         disks=images,
+        domain=domain,
         consistent=True,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         warnings=tuple(_warnings(vcenter, state.snapshot, images, options)),
@@ -53,6 +58,8 @@ def _warnings(
         warnings.append("No snapshot was taken: the licence allows none, and the VM was off.")
     elif options.quiesce and not snapshot.quiesced:
         warnings.append("The guest could not be quiesced: the copy is crash-consistent.")
+    if options.format in UNKNOWN_FORMATS:
+        warnings.append(f"There is no domain.xml: libvirt has no {options.format} disks.")
     if any(image.verified == "skipped" for image in images):
         warnings.append("The images were not read back: the operator skipped it.")
     if any(image.verified == "cached" for image in images):
@@ -78,6 +85,7 @@ def markdown(manifest: Manifest, folder: Path) -> str:
         f"| Output | {cell(str(folder))} |",
         f"| Consistent | {'all disks of one point in time' if manifest.consistent else 'no'} |",
         f"| Conversion | {_conversion(manifest)} |",
+        *(f"| Network | {cell(source)} → {cell(target)} |" for source, target in _networks(manifest)),
         *(f"| Disk {image.index} | {cell(image.source)} |" for image in manifest.disks),
         *(f"| Digest {image.index} | {cell(image.digest)} |" for image in manifest.disks),
         "",
@@ -87,9 +95,22 @@ def markdown(manifest: Manifest, folder: Path) -> str:
         *(_row(image) for image in manifest.disks),
         "",
         *(f"Road of disk {image.index}: {image.road}. {cell(image.road_reason)}\n" for image in manifest.disks),
+        *(_of_the_domain(manifest.domain) if manifest.domain else ()),
         f"Manifest: `{MANIFEST}`, {manifest.created}",
     ]
     return "\n".join(lines)
+
+
+def _networks(manifest: Manifest) -> ItemsView[str, str]:
+    return (manifest.domain.networks if manifest.domain else {}).items()
+
+
+def _of_the_domain(domain: Domain) -> Iterator[str]:
+    yield f"Domain: `{domain.path}`, machine {domain.machine}, named {cell(domain.name)}\n"
+    for title, lines in (("Otherwise than at the source", domain.changed), ("Not carried over", domain.not_carried)):
+        if lines:
+            yield f"{title}:\n"
+            yield "\n".join(f"- {cell(line)}" for line in lines) + "\n"
 
 
 def _conversion(manifest: Manifest) -> str:

@@ -50,6 +50,14 @@ class DiskFiles:
     def final(self, format: str) -> Path:
         return self._named(format)
 
+    def unnamed(self, format: str, *, converted: bool) -> Path:
+        """The image while it waits for its final name."""
+        return self.converted if converted else self.part(format)
+
+    def image(self, format: str, *, converted: bool) -> Path:
+        """The image where it lies now, named or not."""
+        return self.final(format) if self.final(format).exists() else self.unnamed(format, converted=converted)
+
     def part(self, format: str) -> Path:
         return part_of(self.final(format))
 

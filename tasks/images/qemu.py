@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from tasks import process
-from tasks.errors import DiskFull, FileLocked, IntegrityMismatch, ToolFailed, UnsupportedDisk
+from tasks.errors import DiskFull, FileLocked, IntegrityMismatch, InvalidInput, ToolFailed, UnsupportedDisk
 from tasks.images.files import allocated_bytes, free_bytes, need_space, sync
 from tasks.models import Compression, ImageFormat
 from tasks.nbd import NbdClient
@@ -50,6 +50,20 @@ def create(path: Path, *, size: int) -> None:
     except ToolFailed:
         need_space(path.parent, EMPTY_BYTES)
         raise
+
+
+def overlay(image: Path, target: Path, *, format: str) -> None:
+    """Start a qcow2 image that reads as `image` does and takes every write instead of it.
+
+    Raises FileLocked, UnsupportedDisk, InvalidInput, ToolFailed.
+    """
+    if not image.is_file():
+        raise InvalidInput(what=f"image {image}", why="it is not there", remedy="Put it back where the domain has it")
+    if format in ("raw", "qcow2"):
+        virtual_size(image, format="raw" if format == "raw" else "qcow2")
+    _wait_for_lock(image, read_only=True)
+    backing = ["-b", named(image), "-F", format]
+    process.run(["qemu-img", "create", "-q", "-f", "qcow2", *backing, named(target)], package=PACKAGE)
 
 
 def convert(

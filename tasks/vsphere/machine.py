@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pyVmomi import vim
 
-from tasks.errors import FenceClosed, UnsupportedDisk, VsphereFault
-from tasks.models import Controller, Nic, VirtualMachine
+from tasks.errors import FenceClosed, PermissionMissing, UnsupportedDisk, VsphereFault
+from tasks.models import Controller, Device, Nic, VirtualMachine
 from tasks.vsphere import names
 from tasks.vsphere.disks import disks_among
 from tasks.vsphere.names import label_of, type_name
@@ -22,20 +22,25 @@ _PROPERTIES = (
     "parent",
     "parentVApp",
     "runtime.powerState",
+    "config.bootOptions.bootOrder",
+    "config.bootOptions.efiSecureBootEnabled",
     "config.firmware",
     "config.guestId",
     "config.hardware.numCPU",
+    "config.hardware.numCoresPerSocket",
     "config.hardware.memoryMB",
     "config.changeTrackingEnabled",
     "config.changeVersion",
     "guest.net",
     "guest.ipAddress",
+    "network",
 )
 
 
 def describe_vm(session: Session, moref: str) -> VirtualMachine:
     """Return what there is to know of a VM: two round trips, whatever the inventory's size.
 
+    One more for one on distributed portgroups, whose names its own configuration does not hold.
     Raises VsphereFault for a VM that vSphere itself cannot read (orphaned, inaccessible).
     """
     vm = session.entity(vim.VirtualMachine, moref)
@@ -50,7 +55,8 @@ def describe_vm(session: Session, moref: str) -> VirtualMachine:
     host, home = found["runtime.host"], names.home(found)
     known = ancestors(session, [each for each in (host, home) if each is not None])
     known[vm] = {"name": found["name"], "parent": home}
-    return VirtualMachine(**_identity(vm, found), **_place(session, vm, host, known), **_hardware(found))
+    hardware = _hardware(found, portgroup_names(session, found.get("network") or ()))
+    return VirtualMachine(**_identity(vm, found), **_place(session, vm, host, known), **hardware)
 
 
 def check_fence(session: Session, vm: VirtualMachine) -> None:
@@ -105,29 +111,90 @@ def _place(session: Session, vm: Any, host: Any, known: Mapping[Any, Mapping[str
     }
 
 
-def _hardware(found: Mapping[str, Any]) -> dict[str, Any]:
+def portgroup_names(session: Session, networks: Iterable[Any]) -> dict[str, str]:
+    """Return names of distributed portgroups by moref, which is their key too; none where we may not look at them."""
+    portgroups = [each for each in networks if isinstance(each, vim.dvs.DistributedVirtualPortgroup)]
+    try:
+        found = retrieve(session, portgroups, ("name",))
+    except PermissionMissing:
+        return {}
+    return {each._moId: names.shown(properties["name"]) for each, properties in found.items()}
+
+
+def _hardware(found: Mapping[str, Any], portgroups: Mapping[str, str]) -> dict[str, Any]:
     devices = found["config.hardware.device"]
     return {
         "firmware": found.get("config.firmware") or "bios",
+        "secure_boot": bool(found.get("config.bootOptions.efiSecureBootEnabled")),
+        "boot_keys": tuple(_boot_keys(found.get("config.bootOptions.bootOrder") or ())),
         "cpus": found["config.hardware.numCPU"],
+        "cores_per_socket": found.get("config.hardware.numCoresPerSocket") or 0,
         "memory_mib": found["config.hardware.memoryMB"],
+        "video_ram_kib": sum(each.videoRamSizeInKB or 0 for each in devices if isinstance(each, _VideoCard)),
         "controllers": tuple(_controller(each) for each in devices if isinstance(each, _CONTROLLERS)),
-        "nics": tuple(_nic(each) for each in devices if isinstance(each, vim.vm.device.VirtualEthernetCard)),
+        "nics": tuple(_nic(each, portgroups) for each in devices if isinstance(each, _Card)),
+        "devices": tuple(_device(each) for each in devices if not isinstance(each, _OF_EVERY_BOARD)),
     }
 
 
+_Card = vim.vm.device.VirtualEthernetCard
+_VideoCard = vim.vm.device.VirtualVideoCard
 _CONTROLLERS = (
     vim.vm.device.VirtualSCSIController,
     vim.vm.device.VirtualSATAController,
     vim.vm.device.VirtualIDEController,
     vim.vm.device.VirtualNVMEController,
 )
+_OF_EVERY_BOARD = (
+    *_CONTROLLERS,
+    _Card,
+    vim.vm.device.VirtualDisk,
+    vim.vm.device.VirtualKeyboard,
+    vim.vm.device.VirtualPCIController,
+    vim.vm.device.VirtualPointingDevice,
+    vim.vm.device.VirtualPS2Controller,
+    vim.vm.device.VirtualSIOController,
+    _VideoCard,
+    vim.vm.device.VirtualVMCIDevice,
+)
+
+
+def _boot_keys(order: Iterable[Any]) -> Iterator[int]:
+    """Yield the keys of the disks and network cards in a boot order; a CD drive or a floppy drive has none there."""
+    return (each.deviceKey for each in order if hasattr(each, "deviceKey"))
 
 
 def _controller(device: Any) -> Controller:
     return Controller(key=device.key, model=type_name(device), bus=device.busNumber)
 
 
-def _nic(device: Any) -> Nic:
-    network = device.deviceInfo.summary if device.deviceInfo else None
-    return Nic(key=device.key, label=label_of(device), model=type_name(device), mac=device.macAddress, network=network)
+def _device(device: Any) -> Device:
+    told = (getattr(device.backing, each, None) for each in ("fileName", "deviceName", "serviceURI", "pipeName"))
+    return Device(
+        key=device.key,
+        label=label_of(device),
+        model=type_name(device),
+        backing=next(filter(None, told), ""),
+        controller_key=device.controllerKey,
+        unit_number=device.unitNumber,
+    )
+
+
+def _nic(device: Any, portgroups: Mapping[str, str]) -> Nic:
+    return Nic(
+        key=device.key,
+        label=label_of(device),
+        model=type_name(device),
+        mac=device.macAddress,
+        network=_network_of(device, portgroups),
+        connected=not device.connectable or device.connectable.startConnected,
+    )
+
+
+def _network_of(device: Any, portgroups: Mapping[str, str]) -> str | None:
+    if isinstance(device.backing, _Card.DistributedVirtualPortBackingInfo):
+        key = str(device.backing.port.portgroupKey)
+        return portgroups.get(key, key)
+    if isinstance(device.backing, _Card.NetworkBackingInfo):
+        return str(device.backing.deviceName)
+    return device.deviceInfo.summary if device.deviceInfo else None

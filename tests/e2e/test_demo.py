@@ -43,7 +43,7 @@ def check_output() -> None:
     folder = ROOT / "exports" / "demo" / "production-web"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["consistent"] and len(manifest["disks"]) == 2
-    expected = {"manifest.json", *(f"disk-{n}.{kind}" for n in range(2) for kind in ("qcow2", "digests"))}
+    expected = {"domain.xml", "manifest.json", *(f"disk-{n}.{kind}" for n in range(2) for kind in ("qcow2", "digests"))}
     assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == expected
 
 

@@ -68,15 +68,15 @@ class Product:
         assert answer.is_success, answer.text
         return answer.json() if answer.content else None
 
-    def deployment(self, name: str = "export/export") -> dict[str, Any]:
-        return dict(self.api(f"deployments/name/{name}"))
+    def deployment(self, name: str = "export") -> dict[str, Any]:
+        return dict(self.api(f"deployments/name/{name}/{name}"))
 
     def vcenter(self) -> dict[str, Any]:
         """Return the saved block, password and all, as only the API's `include_secrets` gives it."""
         blocks = self.api("block_documents/filter", include_secrets=True)
         return dict(next(block for block in blocks if block["name"] == "lab"))
 
-    def start(self, output: Path, *, deployment: str = "export/export", **options: Any) -> str:
+    def start(self, output: Path, *, deployment: str = "export", **options: Any) -> str:
         """Create a run as the form does, `options` set in it beside what is required; return its id."""
         found = self.deployment(deployment)
         schema = found["parameter_openapi_schema"]
@@ -195,10 +195,11 @@ def test_nothing_of_this_machine_is_baked_into_the_deployment(product: Product) 
     assert str(ROOT) not in json.dumps(deployment)
 
 
-def test_every_field_of_the_form_explains_itself(product: Product) -> None:
-    schema = product.deployment()["parameter_openapi_schema"]
+@pytest.mark.parametrize(("name", "known"), [("export", "options.boot.expect"), ("boot-check", "options.folder")])
+def test_every_field_of_a_form_explains_itself(product: Product, name: str, known: str) -> None:
+    schema = product.deployment(name)["parameter_openapi_schema"]
     fields = dict(fields_of(schema, schema["definitions"]))
-    assert {"vcenter.password", "options.vm_name"} < fields.keys()
+    assert known in fields
     for path, field in fields.items():
         assert field.get("title") and field.get("description"), path
         assert field.get("examples") or "properties" in field or field.get("writeOnly"), path
@@ -221,7 +222,7 @@ def test_a_run_from_the_forms_schema_completes(product: Product, busy_guest: Lab
 
 
 def test_a_download_from_the_forms_schema_completes(product: Product, busy_guest: Lab, tmp_path: Path) -> None:
-    started = product.start(tmp_path / "files", deployment="download-only/download-only", snapshot=True)
+    started = product.start(tmp_path / "files", deployment="download-only", snapshot=True)
     run = product.await_state(started, "Completed")
     here, moref = tmp_path / "files" / VM, busy_guest.vm(VM)["moref"]
     manifest = DownloadManifest.model_validate_json((here / "manifest.json").read_text())
@@ -266,6 +267,23 @@ def test_the_form_in_the_browser_starts_an_export(product: Product, busy_guest: 
             page.open(f"{product.address}{ui}/artifacts/artifact/{report['id']}")
             page.wait_for(f"Export of {VM}", source, "all disks of one point in time")
             page.picture(PICTURES / f"report{ui.replace('/', '-')}.png")
+
+
+def test_a_boot_check_shows_the_screen(product: Product, tmp_path: Path) -> None:
+    """The lab's disks begin with a boot sector that says so."""
+    product.await_state(product.start(tmp_path / "exports"), "Completed")
+    parameters = {"options": {"folder": str(tmp_path / "exports" / VM), "boot": {"expect": "HYPER2KVM BOOT OK"}}}
+    deployment = product.deployment("boot-check")["id"]
+    run = str(product.api(f"deployments/{deployment}/create_flow_run", parameters=parameters)["id"])
+    product.await_state(run, "Completed")
+    (report,) = (each for each in artifacts_of(product, run) if each["type"] == "markdown")
+    with browser() as page:
+        for ui in ("/v2", ""):
+            page.open(f"{product.address}{ui}/artifacts/artifact/{report['id']}")
+            page.wait_for(f"Boot check of {VM}", "It boots", "Serial port", "SeaBIOS")
+            shown = "[...document.images].some(i => i.src.startsWith('data:image/png') && i.naturalWidth >= 640)"
+            assert page.evaluate(shown)
+            page.picture(PICTURES / f"boot-check{ui.replace('/', '-')}.png")
 
 
 def artifacts_of(product: Product, run: str) -> list[dict[str, Any]]:

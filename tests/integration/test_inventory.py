@@ -17,6 +17,7 @@ from tasks.images.files import safe_name
 from tasks.report import markdown
 from tasks.vsphere import lookup, machine, names, session
 from tasks.vsphere.properties import ancestors
+from tests.domains import assert_valid
 from tests.integration.test_control_plane import connection_to
 from tests.integration.test_scenarios import assert_equal_to_qemu_imgs_reading, refused_before_the_first_byte
 from tests.labs import ROOT, Lab, running_lab
@@ -229,6 +230,7 @@ async def test_a_vm_of_any_name_is_exported_into_one_folder_of_its_own_and_harms
     assert (said["name"], said["inventory_path"]) == (name, hostile.vm(stored(name))["path"])
     assert not [*workplace.iterdir()]
     assert [record.getMessage() for record in caplog.records if "\n" in record.getMessage()] == []
+    assert_valid(folder / "domain.xml")
     assert_no_markup_of_a_name(markdown(manifest, folder), disks=len(manifest.disks))
     assert_nothing_left(hostile)
 
@@ -238,7 +240,7 @@ def assert_no_markup_of_a_name(report: str, *, disks: int) -> None:
     assert html.count("<h1>") == 1
     assert not [tag for tag in ("<a ", "<img", "<em>", "<h2>", "<x>", "<b>", "<script") if tag in html]
     facts, images = (table.count("<tr>") for table in html.split("<table>")[1:])
-    assert (facts, images) == (10 + 2 * disks, 1 + disks)
+    assert (facts, images) == (11 + 2 * disks, 1 + disks)  # with one network
 
 
 def test_a_list_has_one_line_a_vm_whatever_it_is_called(hostile):

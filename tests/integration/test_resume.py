@@ -99,7 +99,10 @@ def assert_equal_to_the_frozen_chain(lab: Lab, folder: Path, scratch: Path) -> N
 
 def assert_only_the_copy_is_left(folder: Path, image_format: str) -> None:
     names = {path.name for path in folder.iterdir()} - {".hyper2kvm.lock"}
-    assert names == {f"disk-{n}.{end}" for n in (0, 1) for end in (image_format, "digests")} | {"manifest.json"}
+    assert names == {f"disk-{n}.{end}" for n in (0, 1) for end in (image_format, "digests")} | {
+        "domain.xml",
+        "manifest.json",
+    }
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,10 @@ func (v *vmSpec) complete(dc *datacenterSpec) error {
 		v.Tools = &yes
 	}
 	if v.NICs == nil {
-		v.NICs = []string{"vmxnet3"}
+		v.NICs = []nicSpec{{Model: "vmxnet3"}}
+	}
+	for i := range v.NICs {
+		setDefault(&v.NICs[i].Network, defaultNetwork)
 	}
 	for i := range v.Disks {
 		if err := v.Disks[i].complete(v, i); err != nil {

@@ -1,4 +1,4 @@
-// Virtual hardware: controllers, disks and network adapters as config.hardware.device has them.
+// Virtual hardware: controllers and disks as config.hardware.device has them.
 package main
 
 import (
@@ -59,7 +59,7 @@ func (m *machine) makeDisks() error {
 }
 
 // devices lists the hardware: controllers, then disks, then network adapters.
-func (m *machine) devices() object.VirtualDeviceList {
+func (m *machine) devices() (object.VirtualDeviceList, error) {
 	var list object.VirtualDeviceList
 	made := map[int32]bool{200: true, 201: true} // both IDE controllers are there by default
 	for _, d := range m.disks {
@@ -71,10 +71,14 @@ func (m *machine) devices() object.VirtualDeviceList {
 	for i, d := range m.disks {
 		list = append(list, d.device(i))
 	}
-	for i, kind := range m.spec.NICs {
-		list = append(list, newNIC(kind, int32(4000+i), i))
+	for i, spec := range m.spec.NICs {
+		nic, err := m.newNIC(spec, int32(4000+i), i)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, nic)
 	}
-	return list
+	return list, nil
 }
 
 func newController(spec diskSpec, key int32) types.BaseVirtualDevice {
@@ -182,24 +186,4 @@ func (d *disk) backingName() string {
 func newMAC() string {
 	n := rand.Uint32()
 	return fmt.Sprintf("00:50:56:%02x:%02x:%02x", 0x80|n>>16&0x3f, n>>8&0xff, n&0xff)
-}
-
-func newNIC(kind string, key int32, i int) types.BaseVirtualDevice {
-	card := types.VirtualEthernetCard{AddressType: string(types.VirtualEthernetCardMacTypeAssigned), MacAddress: newMAC()}
-	card.Key, card.ControllerKey, card.UnitNumber = key, 100, types.NewInt32(int32(7+i))
-	label := fmt.Sprintf("Network adapter %d", i+1)
-	card.DeviceInfo = &types.Description{Label: label, Summary: "VM Network"}
-	backing := &types.VirtualEthernetCardNetworkBackingInfo{}
-	backing.DeviceName = "VM Network"
-	card.Backing = backing
-	card.Connectable = &types.VirtualDeviceConnectInfo{StartConnected: true, AllowGuestControl: true, Connected: true}
-	switch kind {
-	case "e1000":
-		return &types.VirtualE1000{VirtualEthernetCard: card}
-	case "e1000e":
-		return &types.VirtualE1000e{VirtualEthernetCard: card}
-	case "vmxnet2":
-		return &types.VirtualVmxnet2{VirtualVmxnet: types.VirtualVmxnet{VirtualEthernetCard: card}}
-	}
-	return &types.VirtualVmxnet3{VirtualVmxnet: types.VirtualVmxnet{VirtualEthernetCard: card}}
 }

@@ -16,7 +16,7 @@ func (l *lab) buildFiller(dc *datacenter, spec fillerSpec) error {
 		return nil
 	}
 	setDefault(&spec.Prefix, "vm-")
-	model := vmSpec{Name: spec.Prefix + "00000", Folder: spec.Folder, NICs: []string{}}
+	model := vmSpec{Name: spec.Prefix + "00000", Folder: spec.Folder, NICs: []nicSpec{}}
 	if err := model.complete(&dc.spec); err != nil {
 		return err
 	}

@@ -23,6 +23,7 @@ type datacenter struct {
 	hosts      map[string]*hostEntry
 	datastores map[string]*datastore
 	dirs       map[string]bool // VM folders taken, as "datastore/dir"
+	portgroups map[string]types.ManagedObjectReference
 }
 
 type hostEntry struct {
@@ -78,6 +79,7 @@ func (l *lab) buildDatacenter(spec datacenterSpec) (*datacenter, error) {
 	dc := &datacenter{
 		spec: spec, path: joinPath(spec.Folder, spec.Name),
 		hosts: map[string]*hostEntry{}, datastores: map[string]*datastore{}, dirs: map[string]bool{},
+		portgroups: map[string]types.ManagedObjectReference{},
 	}
 	var err error
 	if l.opts.esx {
@@ -93,7 +95,7 @@ func (l *lab) buildDatacenter(spec datacenterSpec) (*datacenter, error) {
 			return nil, fmt.Errorf("datastore %q: %w", ds.Name, err)
 		}
 	}
-	return dc, nil
+	return dc, l.buildPortgroups(dc)
 }
 
 func (l *lab) createDatacenter(dc *datacenter) error {

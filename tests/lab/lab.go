@@ -85,6 +85,9 @@ func (l *lab) build() error {
 		l.model = simulator.VPX()
 		l.model.ServiceContent.About.InstanceUuid = uuid.NewString()
 	}
+	if l.scenario.APIVersion != "" {
+		l.model.ServiceContent.About.ApiVersion = l.scenario.APIVersion
+	}
 	l.model.Datacenter, l.model.Datastore, l.model.Machine = 0, 0, 0
 	if err := l.model.Create(); err != nil {
 		return err

@@ -89,7 +89,10 @@ func (m *machine) create(host *hostEntry) error {
 	if err != nil {
 		return err
 	}
-	spec := m.configSpec()
+	spec, err := m.configSpec()
+	if err != nil {
+		return err
+	}
 	task, err := folder.CreateVM(ctx, spec, host.pool, m.lab.hostObject(host))
 	if err != nil {
 		return err
@@ -102,8 +105,8 @@ func (m *machine) create(host *hostEntry) error {
 	return nil
 }
 
-func (m *machine) configSpec() types.VirtualMachineConfigSpec {
-	devices := m.devices()
+func (m *machine) configSpec() (types.VirtualMachineConfigSpec, error) {
+	devices, err := m.devices()
 	spec := types.VirtualMachineConfigSpec{
 		Name:         m.createName(),
 		GuestId:      m.spec.GuestID,
@@ -122,7 +125,7 @@ func (m *machine) configSpec() types.VirtualMachineConfigSpec {
 			Operation: types.VirtualDeviceConfigSpecOperationAdd, Device: d,
 		})
 	}
-	return spec
+	return spec, err
 }
 
 // createName is the name the VM is made with; finish sets the real one, which CreateVM would encode once more.
@@ -155,7 +158,10 @@ func (m *machine) finish() error {
 		{Name: "config.name", Val: m.spec.Name},
 		{Name: "summary.config.name", Val: m.spec.Name},
 	})
-	ctx.WithLock(vm, m.setStates)
+	var err error
+	if ctx.WithLock(vm, func() { m.setStates(); err = m.setHardware() }); err != nil {
+		return err
+	}
 	if m.spec.Power == "on" {
 		if err := m.powerOn(); err != nil {
 			return err

@@ -6,6 +6,7 @@
 //	    "clusters": [{"name": "c", "folder": "", "hosts": ["esx1"]}],
 //	    "standalone_hosts": ["esx9", {"name": "esx8", "folder": "racks/r1"}],
 //	    "datastores": ["datastore1", {"name": "v", "type": "vsan"}],   default: datastore1; each a folder of -state
+//	    "portgroups": ["dv lan"],                           of one distributed switch that all hosts are on
 //	    "vms": [{
 //	      "name": "web", "folder": "prod/eu",               VM folders below the datacenter's
 //	      "host": "esx1",                                   default: the first host
@@ -19,7 +20,11 @@
 //	      "cbt": false,                                     changed blocks are tracked from the start: see cbt.go
 //	      "consolidation_needed": false,                    deltas that no snapshot explains
 //	      "instance_uuid": "", "bios_uuid": "",             drawn when not given
-//	      "nics": ["vmxnet3"],                              default: one; e1000, e1000e, vmxnet2, vmxnet3
+//	      "cores_per_socket": 1, "secure_boot": false,
+//	      "boot": [2001, 4000],                             boot order: keys of disks and cards
+//	      "nics": ["vmxnet3"],                              default: one; e1000, e1000e, pcnet, sriov, vmxnet2, vmxnet3
+//	               or {"model": "e1000", "network": "VM Network", "mac": "", "disconnected": false}
+//	      "devices": [],                                    cdrom, floppy, passthrough, serial, sound, tpm, usb, usb-device
 //	      "disks": [{
 //	        "size": "64MiB",                                or a number of bytes
 //	        "controller": "pvscsi", "bus": 0,               pvscsi, lsilogic, lsisas1068, buslogic, ahci, ide, nvme
@@ -42,6 +47,7 @@
 //	  "host_ignores_range": false,  /folder answers 200 and the whole file to a Range request
 //	  "free_licence": false,        calls that change something answer RestrictedVersion, as on a free ESXi
 //	  "vss": false, "consolidation_needed": false   for every VM
+//	  "api_version": "6.5",         that clients may speak: one of 6.5 is not told what a virtual TPM is
 //	}
 //
 // Without "datacenters" the inventory is the one of the flags. consolidation_needed may be spelled as vSphere does,
@@ -67,6 +73,7 @@ type scenario struct {
 	HostIgnoresRange bool             `json:"host_ignores_range"`
 	FreeLicence      bool             `json:"free_licence"`
 	VSS              bool             `json:"vss"`
+	APIVersion       string           `json:"api_version"`
 	consolidation
 }
 
@@ -84,6 +91,7 @@ type datacenterSpec struct {
 	Clusters        []clusterSpec   `json:"clusters"`
 	StandaloneHosts []hostSpec      `json:"standalone_hosts"`
 	Datastores      []datastoreSpec `json:"datastores"`
+	Portgroups      []string        `json:"portgroups"`
 	VMs             []vmSpec        `json:"vms"`
 	Filler          *fillerSpec     `json:"filler"`
 }
@@ -141,8 +149,13 @@ type vmSpec struct {
 	consolidation
 	InstanceUUID string     `json:"instance_uuid"`
 	BIOSUUID     string     `json:"bios_uuid"`
-	NICs         []string   `json:"nics"`
+	NICs         []nicSpec  `json:"nics"`
 	Disks        []diskSpec `json:"disks"`
+
+	CoresPerSocket int32    `json:"cores_per_socket"`
+	SecureBoot     bool     `json:"secure_boot"`
+	Boot           []int32  `json:"boot"`
+	Devices        []string `json:"devices"`
 }
 
 type snapshotSpec struct {

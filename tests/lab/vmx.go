@@ -27,6 +27,12 @@ func (m *machine) writeVMX() error {
 	if m.Config.Firmware != "bios" { // a host writes the line for efi only; libvirt refuses any other value
 		vars["firmware"] = m.Config.Firmware
 	}
+	if cores := m.Config.Hardware.NumCoresPerSocket; cores != nil && *cores > 1 {
+		vars["cpuid.coresPerSocket"] = strconv.Itoa(int(*cores))
+	}
+	if m.spec.SecureBoot {
+		vars["uefi.secureBoot.enabled"] = "TRUE"
+	}
 	for _, d := range m.disks {
 		m.vmxDisk(vars, d)
 	}
@@ -90,11 +96,15 @@ func vmxNIC(vars map[string]string, device types.BaseVirtualDevice) {
 	card := nic.GetVirtualEthernetCard()
 	name := fmt.Sprintf("ethernet%d.", card.Key-4000)
 	model := map[string]string{
-		"*types.VirtualE1000": "e1000", "*types.VirtualE1000e": "e1000e", "*types.VirtualVmxnet2": "vmxnet",
+		"*types.VirtualE1000": "e1000", "*types.VirtualE1000e": "e1000e", "*types.VirtualVmxnet2": "vmxnet", "*types.VirtualPCNet32": "vlance",
 	}[fmt.Sprintf("%T", device)]
 	setDefault(&model, "vmxnet3")
 	vars[name+"present"], vars[name+"virtualDev"] = "TRUE", model
-	vars[name+"networkName"], vars[name+"connectionType"] = "VM Network", "bridged"
+	network := defaultNetwork
+	if backing, standard := card.Backing.(*types.VirtualEthernetCardNetworkBackingInfo); standard {
+		network = backing.DeviceName
+	}
+	vars[name+"networkName"], vars[name+"connectionType"] = network, "bridged"
 	vars[name+"addressType"], vars[name+"generatedAddress"] = "vpx", card.MacAddress
 }
 

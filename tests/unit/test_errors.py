@@ -34,7 +34,11 @@ EXAMPLES = {
     errors.IntegrityMismatch: {"path": "disk-0.raw", "where": "offset 0"},
     errors.JobLocked: {"path": "/data/web", "holder": "pid 7"},
     errors.OutputExists: {"path": "/data/web", "why": "an earlier export"},
+    errors.NotDefined: {"name": "web", "uri": "qemu:///system", "reason": "it is there", "remedy": "Rename it"},
     errors.DiskFull: {"path": "/data", "need": 10, "have": 5},
+    errors.BootFailed: {"domain": "web", "recognised": "No bootable device.", "folder": "/data/web"},
+    errors.BootUnproven: {"domain": "web", "recognised": "nothing was recognised", "folder": "/data/web"},
+    errors.ToolMissing: {"tool": "virt-qemu-run", "purpose": "to look", "package": "libvirt-daemon-driver-qemu"},
     errors.ToolFailed: {"argv": ("qemu-img", "convert"), "status": 1, "last_lines": ("no such file",)},
 }
 CLASSES = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, Exception)]

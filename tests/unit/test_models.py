@@ -154,3 +154,28 @@ def test_a_wrong_option_is_refused(wrong):
 )
 def test_a_rate_is_written_as_people_write_sizes(text, bytes_per_s):
     assert ExportJob(vm_name="x", output_dir="/tmp", limit_rate=text).bytes_per_s == bytes_per_s
+
+
+# ── the domain ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_networks_are_mapped_at_the_last_colon():
+    job = ExportJob(vm_name="web", output_dir="/data", network_map=("VM Network:lan", "a:b: br0 ", "a/b:c"))
+    assert job.networks == {"VM Network": "lan", "a:b": "br0", "a/b": "c"}
+
+
+@pytest.mark.parametrize("entry", ["VM Network", ":lan", "VM Network:", "VM Network: ", "a:b/c", "a:b\nc"])
+def test_what_maps_no_network_is_refused_and_shown(entry):
+    with pytest.raises(ValidationError, match="is not a network of vSphere, a colon, and a network of libvirt"):
+        ExportJob(vm_name="web", output_dir="/data", network_map=(entry,))
+
+
+def test_what_libvirt_cannot_start_is_not_defined():
+    with pytest.raises(ValidationError, match="libvirt has no vhdx disks"):
+        ExportJob(vm_name="web", output_dir="/data", format="vhdx", define=True)
+
+
+@pytest.mark.parametrize("folder", ["/data/\x07", "/data/\ufffe", "/data/\udcff"])
+def test_a_folder_that_xml_cannot_name_is_refused(folder):
+    with pytest.raises(ValidationError, match="choose a folder without such characters"):
+        ExportJob(vm_name="web", output_dir=folder)

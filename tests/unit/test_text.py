@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.text import one_line
+from tasks.text import fenced, one_line
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,11 @@ def test_any_text_becomes_one_line_and_stays_so(text):
     line = one_line(text)
     assert len(line.splitlines()) <= 1
     assert one_line(line) == line
+
+
+@pytest.mark.parametrize("line", ["```", "~~~", "a ```` b", "`" * 9, "plain", "\x1b[2J```\n```", "</code></pre>"])
+def test_nothing_in_a_code_block_ends_it(line):
+    first, *inside, last = fenced(["before", line, "after"]).split("\n")
+    assert first.removesuffix("text") == last
+    assert len(inside) == 3
+    assert not any(each.strip().startswith(last) for each in inside)

@@ -106,3 +106,14 @@ def test_no_folder_at_all_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InvalidInput, match="that is no folder"):
         read_manifest(tmp_path / "file")
+
+
+def test_a_manifest_of_before_there_were_domains_is_read(tmp_path: Path) -> None:
+    said = json.loads(MANIFEST_OF_VM.model_dump_json())
+    for newer in ("boot_keys", "cores_per_socket", "devices", "secure_boot", "video_ram_kib"):
+        del said["vm"][newer]
+    for newer in ("controller_key", "unit_number"):
+        del said["disks"][0][newer]
+    del said["domain"]
+    (tmp_path / MANIFEST).write_text(json.dumps(said))
+    assert read_manifest(tmp_path) == MANIFEST_OF_VM

@@ -3,17 +3,21 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import OutputExists
+from tasks.images.domain import DOMAIN
 from tasks.images.layout import DiskFiles
 from tasks.images.manifest import MANIFEST, read_manifest
 from tasks.images.output import give_up, land_all, refuse_existing
 from tasks.images.state import STATE, read_state, write_state
+from tasks.models import Domain
 from tests.unit.images.dying import every_death
 from tests.unit.images.test_manifest import DISK, MANIFEST_OF_VM
 from tests.unit.images.test_state import ARRIVED, JOB
 
 IMAGES = (DISK, DISK.model_copy(update={"index": 1, "path": "disk-1.raw", "format": "raw"}))
-LANDED = MANIFEST_OF_VM.model_copy(update={"disks": IMAGES})
-NAMES = {"disk-0.qcow2", "disk-0.digests", "disk-1.raw", "disk-1.digests", MANIFEST}
+DESCRIBED = Domain(path=DOMAIN, name="wéb", uuid="b", machine="q35")
+LANDED = MANIFEST_OF_VM.model_copy(update={"disks": IMAGES, "domain": DESCRIBED})
+XML = "<domain>wéb</domain>\n"
+NAMES = {"disk-0.qcow2", "disk-0.digests", "disk-1.raw", "disk-1.digests", DOMAIN, MANIFEST}
 
 
 def verified(folder: Path) -> Path:
@@ -37,12 +41,13 @@ def names(folder: Path) -> set[str]:
 def assert_landed(folder: Path) -> None:
     assert names(folder) == NAMES
     assert read_manifest(folder) == LANDED
+    assert (folder / DOMAIN).read_text() == XML
     assert (folder / "disk-0.qcow2").read_text() == "disk-0.qcow2.part"
     assert (folder / "disk-1.raw").read_text() == "disk-1.raw.part"
 
 
 def test_landing_leaves_the_copy_and_nothing_else(tmp_path: Path) -> None:
-    land_all(verified(tmp_path / "vm"), LANDED)
+    land_all(verified(tmp_path / "vm"), LANDED, XML)
     assert_landed(tmp_path / "vm")
 
 
@@ -52,14 +57,14 @@ def test_killed_between_any_two_steps_the_next_run_lands_or_finds_it_landed(
 ) -> None:
     monkeypatch.setattr("tasks.images.files.RENAME_NOREPLACE", flags)  # EINVAL for a flag that nobody knows
     folder, deaths = tmp_path / "vm", 0
-    for _ in every_death(lambda: land_all(folder, LANDED), prepare=lambda: verified(folder)):
+    for _ in every_death(lambda: land_all(folder, LANDED, XML), prepare=lambda: verified(folder)):
         deaths += 1
         if (folder / MANIFEST).exists():
             with pytest.raises(OutputExists):
                 refuse_existing(folder, read_state(folder))
         else:
             refuse_existing(folder, read_state(folder))
-            land_all(folder, LANDED)
+            land_all(folder, LANDED, XML)
         assert_landed(folder)
     assert_landed(folder)
     assert deaths > 12
@@ -70,7 +75,7 @@ def test_a_name_that_was_taken_meanwhile_is_not_overwritten(tmp_path: Path) -> N
     (folder / "disk-1.raw").write_text("somebody's")
     for _ in range(2):  # the next run of the job fares as this one
         with pytest.raises(OutputExists):
-            land_all(folder, LANDED)
+            land_all(folder, LANDED, XML)
         assert (folder / "disk-1.raw").read_text() == "somebody's"
         assert DiskFiles(folder, 1).raw_part.read_text() == "disk-1.raw.part"
     assert (folder / STATE).exists()
@@ -91,11 +96,11 @@ def test_an_image_that_is_nowhere_is_an_error(tmp_path: Path) -> None:
     folder = verified(tmp_path / "vm")
     DiskFiles(folder, 1).raw_part.unlink()
     with pytest.raises(FileNotFoundError):
-        land_all(folder, LANDED)
+        land_all(folder, LANDED, XML)
     assert not (folder / MANIFEST).exists()
 
 
-@pytest.mark.parametrize("name", ["disk-0.qcow2", "disk-7.raw", "disk-0.digests"])
+@pytest.mark.parametrize("name", ["disk-0.qcow2", "disk-7.raw", "disk-0.digests", DOMAIN])
 @pytest.mark.parametrize("state", [None, JOB], ids=["no job", "not all arrived"])
 def test_a_final_name_is_refused_unless_all_have_arrived(tmp_path: Path, name: str, state: object) -> None:
     refuse_existing(tmp_path, state)  # type: ignore[arg-type]
