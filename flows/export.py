@@ -43,8 +43,13 @@ async def export_vm(vcenter: VCenter, options: ExportJob) -> Manifest:
         options: Which VM to export, where to, and how.
     """
     async with job_at_work(vcenter, options) as job:
-        state = await _arrived(vcenter, job, options)
-        return await _landed(vcenter, state, job.folder, options)
+        return await copy_whole(vcenter, job, options)
+
+
+async def copy_whole(vcenter: VCenter, job: Job, options: ExportJob) -> Manifest:
+    """Return the manifest of a job of which nothing, or parts only, are here, once every disk is."""
+    state = await _arrived(vcenter, job, options)
+    return await _landed(vcenter, state, job.folder, options)
 
 
 async def _arrived(vcenter: VCenter, job: Job, options: ExportJob) -> JobState:
@@ -81,6 +86,6 @@ async def _landed(vcenter: VCenter, state: JobState, folder: Path, options: Expo
     """Return the manifest of a job whose disks have arrived, once they have their final names."""
     calls = [partial(land, state.vm, each, DiskFiles(folder, each.disk.index), options) for each in state.arrivals]
     images = await side_by_side(calls, at_once=options.parallel_disks)
-    manifest = manifest_of(vcenter, state, tuple(images), options)
+    manifest = manifest_of(vcenter, state, tuple(images), quiesce=options.quiesce)
     await commit(manifest, folder)
     return manifest

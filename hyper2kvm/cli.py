@@ -27,8 +27,8 @@ from tasks.errors import Hyper2KvmError, InvalidInput, NotBuilt
 from tasks.models import CONNECTIONS, DownloadManifest, ExportOptions, Manifest
 from tasks.text import one_line
 
-LATER_ACTIONS = ("vddk-export", "cbt-sync", "preflight", "verify", "boot-check")
-MODES = {"export-vm": "export", "download-vm": "download_only"}
+LATER_ACTIONS = ("vddk-export", "preflight", "verify", "boot-check")
+MODES = {"export-vm": "export", "download-vm": "download_only", "cbt-sync": "cbt_sync"}
 INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ def vsphere(
     no_verify: Annotated[bool, Parameter(negative=())] = False,
     vs_vm_name: str | None = None,
     output_dir: Path | None = None,
-    format: str = "qcow2",
+    format: str | None = None,
     compression: str = "none",
     transport: str = "auto",
     limit_rate: str = "",
@@ -79,6 +79,7 @@ def vsphere(
     concurrency: int = 3,
     fail_on_missing: Annotated[bool, Parameter(negative=())] = False,
     snapshot: Annotated[bool, Parameter(negative=())] = False,
+    enable_cbt: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
     debug: Annotated[bool, Parameter(negative=())] = False,
     vddk_libdir: Annotated[Path | None, Parameter(show=False)] = None,
@@ -90,7 +91,7 @@ def vsphere(
     glob
         With list-vms: only VMs whose name or inventory path matches.
     vs_action
-        export-vm, download-vm or list-vms.
+        export-vm, download-vm, cbt-sync or list-vms.
     vcenter
         Name or address; host:port is understood.
     username
@@ -110,7 +111,7 @@ def vsphere(
     output_dir
         Folder in which one named after the VM is made.
     format
-        qcow2 or raw, written as the bytes arrive; vmdk, vdi or vhdx, converted afterwards.
+        qcow2 (default; raw with cbt-sync) or raw, written as the bytes arrive; vmdk, vdi or vhdx, converted afterwards.
     compression
         Of qcow2, in a second pass: none, zstd or zlib.
     transport
@@ -143,6 +144,8 @@ def vsphere(
         With download-vm: fail where a disk's file that the configuration names is not there.
     snapshot
         With download-vm: freeze a running VM by a snapshot for the duration.
+    enable_cbt
+        With cbt-sync: switch changed block tracking on where it is off.
     json
         Print the result (or the error) as JSON on stdout.
     debug
@@ -153,7 +156,7 @@ def vsphere(
         "output_dir": output_dir,
         "transport": transport,
         "limit_rate": limit_rate,
-        "format": format,
+        **({"format": format} if format else {}),
         "compression": compression,
         "quiesce": quiesce,
         "allow_crash_consistent": allow_crash_consistent,
@@ -166,6 +169,7 @@ def vsphere(
         "download_only_concurrency": concurrency,
         "fail_on_missing": fail_on_missing,
         "snapshot": snapshot,
+        "enable_cbt": enable_cbt,
     }
 
     def settings() -> Settings:

@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from blocks import VCenter
 from tasks.images.output import MANIFEST, land_all
 from tasks.images.state import JobState
-from tasks.models import DiskImage, ExportJob, Manifest, Snapshot
+from tasks.models import DiskImage, Manifest, Snapshot
 from tasks.steps import in_thread, quietly
 from tasks.text import cell, one_line
 
@@ -30,8 +30,8 @@ async def commit(manifest: Manifest, folder: Path) -> None:
     await quietly(acreate_markdown_artifact(markdown(manifest, folder), key=key, description=description))
 
 
-def manifest_of(vcenter: VCenter, state: JobState, images: tuple[DiskImage, ...], options: ExportJob) -> Manifest:
-    """Return the manifest of a job whose disks have all landed."""
+def manifest_of(vcenter: VCenter, state: JobState, images: tuple[DiskImage, ...], *, quiesce: bool) -> Manifest:
+    """Return the manifest of a job whose disks are all here, of one point in time."""
     return Manifest(
         vcenter_uuid=state.vcenter_uuid,
         vm=state.vm,
@@ -39,19 +39,19 @@ def manifest_of(vcenter: VCenter, state: JobState, images: tuple[DiskImage, ...]
         disks=images,
         consistent=True,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        warnings=tuple(_warnings(vcenter, state.snapshot, images, options)),
+        warnings=tuple(_warnings(vcenter, state.snapshot, images, quiesce=quiesce)),
     )
 
 
 def _warnings(
-    vcenter: VCenter, snapshot: Snapshot | None, images: tuple[DiskImage, ...], options: ExportJob
+    vcenter: VCenter, snapshot: Snapshot | None, images: tuple[DiskImage, ...], *, quiesce: bool
 ) -> list[str]:
     warnings = []
     if not vcenter.verify and not vcenter.thumbprint:
         warnings.append("The vCenter's certificate was not verified: the operator turned it off.")
     if snapshot is None:
         warnings.append("No snapshot was taken: the licence allows none, and the VM was off.")
-    elif options.quiesce and not snapshot.quiesced:
+    elif quiesce and not snapshot.quiesced:
         warnings.append("The guest could not be quiesced: the copy is crash-consistent.")
     if any(image.verified == "skipped" for image in images):
         warnings.append("The images were not read back: the operator skipped it.")
