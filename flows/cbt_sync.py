@@ -11,7 +11,7 @@ from flows.export import copy_whole
 from tasks.disks import copyable_disks
 from tasks.errors import TrackingOff
 from tasks.images.base import base_of, paired
-from tasks.images.state import discard, read_state, write_state
+from tasks.images.state import discard, write_state
 from tasks.job import Job, job_at_work
 from tasks.models import Manifest, SyncJob
 from tasks.probe import probe
@@ -52,9 +52,9 @@ async def cbt_sync(vcenter: VCenter, options: SyncJob) -> Manifest:
 
 async def _brought_up_to_date(vcenter: VCenter, job: Job, base: Manifest, options: SyncJob) -> Manifest:
     """Return the manifest of the copy as of a new point in time, of all its disks at once."""
-    vm, folder, name, state = job.vm, job.folder, job.snapshot_name, read_state(job.folder)
-    before, give_up = state.snapshot if state else None, partial(discard, folder)
-    async with point_in_time(vcenter, vm, options, name=name, before=before, give_up=give_up) as snapshot:
+    vm, folder, name, give_up = job.vm, job.folder, job.snapshot_name, partial(discard, job.folder)
+    # Never a snapshot of a run before: from the manifest's changeId on, one of now costs hardly more.
+    async with point_in_time(vcenter, vm, options, name=name, before=None, give_up=give_up) as snapshot:
         disks = await copyable_disks(vcenter, job.server, vm, snapshot)
         pairs = paired(folder, base, vm, disks)
         await probe(vcenter, vm, disks)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,16 @@ import pytest
 from flows.cbt_sync import cbt_sync
 from tasks import errors
 from tasks.models import Manifest, SyncJob
-from tests.labs import Lab, running_lab
-from tests.runs import assert_equal_to_the_guests_disks, assert_nothing_left, export, faults, run_command, vcenter_of
+from tests.labs import ROOT, Lab, running_lab
+from tests.runs import (
+    assert_equal_to_the_guests_disks,
+    assert_nothing_left,
+    command,
+    export,
+    faults,
+    run_command,
+    vcenter_of,
+)
 
 pytestmark = [pytest.mark.anyio, pytest.mark.live, pytest.mark.usefixtures("prefect_api")]
 
@@ -176,11 +186,37 @@ async def test_an_export_is_a_base_too_and_what_is_none_is_refused_by_name(lab, 
     assert_nothing_left(lab)
 
 
-def test_the_command_line_syncs(lab, tmp_path):
+POINTS = {
+    "snapshot taken, nothing changed here": "tasks.images.dirty:begin:before",
+    "torn: written, not read back": "tasks.images.sync:_read_back:before",
+    "all disks durable, before the manifest": "tasks.images.sync:write_manifest:before",
+    "after the manifest, the snapshot still there": "tasks.images.sync:write_manifest:after",
+}
+
+
+def test_killed_there_the_next_run_brings_the_copy_up_to_now(lab, tmp_path, prefect_api):
     from prefect.settings import PREFECT_API_URL
 
-    words = ("--vs-vm-name", "tracked", "--output-dir", str(tmp_path))
-    for _ in range(2):
-        done = run_command(lab, "cbt-sync", *words, env={"PREFECT_API_URL": PREFECT_API_URL.value()})
-        assert done.returncode == 0, done.stderr
-    assert "0 bytes" in done.stdout
+    api, words = (
+        {"PREFECT_API_URL": PREFECT_API_URL.value()},
+        ("--vs-vm-name", "tracked", "--output-dir", str(tmp_path)),
+    )
+    folder = tmp_path / "tracked"
+    done = run_command(lab, "cbt-sync", *words, env=api)
+    assert done.returncode == 0, done.stderr
+    for moment, point in POINTS.items():
+        write(lab, (MIB, 3 * BLOCK), (7 * MIB, 9))
+        write(lab, (MIB, 3 * BLOCK), disk=1)
+        argv = [sys.executable, "-m", "tests.integration.dying", point, *command(lab, "cbt-sync", *words)[3:]]
+        died = subprocess.run(
+            argv, cwd=ROOT, env=os.environ | lab.environment() | api, capture_output=True, timeout=120
+        )
+        assert died.returncode == -9, (moment, died.stderr)
+        lab.post("/faults", clear=True, expire_sessions=True)
+        write(lab, (MIB + BLOCK, 5), (9 * MIB, 9))
+        done = run_command(lab, "cbt-sync", *words, "--json", env=api)
+        assert done.returncode == 0, (moment, done.stderr)
+        manifest = Manifest.model_validate_json(done.stdout)
+        assert_equal_to_the_guests_disks(lab, manifest, folder, tmp_path)
+        assert lab.stats()["open_snapshots"] == 0, moment
+    assert not [path for path in folder.iterdir() if path.suffix == ".dirty"]
