@@ -51,13 +51,18 @@ async def export_vm(vcenter: VCenter, options: ExportJob) -> Manifest:
         if options.boot_check:
             need_tools(uefi=job.vm.firmware == "efi")
         await check_definable(job.vm, job.folder, options)
-        state = await _arrived(vcenter, job, options)
-        manifest = await _landed(vcenter, state, job.folder, options)
+        manifest = await copy_whole(vcenter, job, options)
         if options.boot_check:
             proven(await check_boot(job.folder, options.boot), job.folder)
         if options.define:
             await define(vcenter, manifest, job.folder, options)
         return manifest
+
+
+async def copy_whole(vcenter: VCenter, job: Job, options: ExportJob) -> Manifest:
+    """Return the manifest of a job of which nothing, or parts only, are here, once every disk is."""
+    state = await _arrived(vcenter, job, options)
+    return await _landed(vcenter, state, job.folder, options)
 
 
 async def _arrived(vcenter: VCenter, job: Job, options: ExportJob) -> JobState:
@@ -93,6 +98,6 @@ async def _landed(vcenter: VCenter, state: JobState, folder: Path, options: Expo
     with kept_if_interrupted(partial(give_up, folder)):
         images = await side_by_side(calls, at_once=options.parallel_disks)
         domain, xml = await describe_domain(state, images, folder, options)
-    manifest = manifest_of(vcenter, state, tuple(images), options, domain)
+    manifest = manifest_of(vcenter, state, tuple(images), domain, quiesce=options.quiesce)
     await commit(manifest, folder, xml)
     return manifest

@@ -19,7 +19,7 @@ from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from tasks.errors import PrefectUnreachable
-from tasks.models import DownloadJob, DownloadManifest, JobOptions, Manifest
+from tasks.models import DownloadJob, ExportJob, JobOptions, SyncJob
 from tasks.process import dying_with_us
 
 START_TIMEOUT_S = 90  # Prefect's own default of 20 s is too short for a first run, which migrates the database
@@ -28,12 +28,18 @@ ANSWER_TIMEOUT_S = 10.0
 T = TypeVar("T")
 
 
-def flow_of(job: JobOptions) -> Callable[..., Awaitable[Manifest | DownloadManifest]]:
+def flow_of(job: JobOptions) -> Callable[..., Awaitable[Any]]:
     """Return the flow whose options `job` is."""
+    from flows.cbt_sync import cbt_sync
     from flows.download_only import download_only
     from flows.export import export_vm
 
-    return download_only if isinstance(job, DownloadJob) else export_vm
+    flows: dict[type[JobOptions], Callable[..., Awaitable[Any]]] = {
+        ExportJob: export_vm,
+        DownloadJob: download_only,
+        SyncJob: cbt_sync,
+    }
+    return flows[type(job)]
 
 
 async def run_flow(flow: Callable[..., Awaitable[T]], *, say: Callable[[str], None], **parameters: Any) -> T:

@@ -42,8 +42,8 @@ from tasks.models import (
 )
 from tasks.text import one_line
 
-LATER_ACTIONS = ("vddk-export", "cbt-sync", "preflight")
-MODES = {"export-vm": "export", "download-vm": "download_only"}
+LATER_ACTIONS = ("vddk-export", "preflight")
+MODES = {"export-vm": "export", "download-vm": "download_only", "cbt-sync": "cbt_sync"}
 ACTIONS = (*MODES, "verify", "boot-check", "list-vms")
 STOPPING = "Stopping: the transfer ends, then the snapshot is removed"
 INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
@@ -80,7 +80,7 @@ def vsphere(
     no_verify: Annotated[bool, Parameter(negative=())] = False,
     vs_vm_name: str | None = None,
     output_dir: Path | None = None,
-    format: str = "qcow2",
+    format: str | None = None,
     compression: str = "none",
     transport: str = "auto",
     limit_rate: str = "",
@@ -110,6 +110,7 @@ def vsphere(
     against_source: Annotated[bool, Parameter(negative=())] = False,
     sample: int = 64,
     seed: int = 0,
+    enable_cbt: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
     debug: Annotated[bool, Parameter(negative=())] = False,
     vddk_libdir: Annotated[Path | None, Parameter(show=False)] = None,
@@ -122,7 +123,7 @@ def vsphere(
         With list-vms: a pattern, only VMs whose name or inventory path matches. With verify and boot-check: the folder
         of a copy.
     vs_action
-        export-vm, download-vm, verify, boot-check or list-vms.
+        export-vm, download-vm, cbt-sync, verify, boot-check or list-vms.
     vcenter
         Name or address; host:port is understood. boot-check needs none, verify only with --against-source.
     username
@@ -142,7 +143,7 @@ def vsphere(
     output_dir
         Folder in which one named after the VM is made.
     format
-        qcow2 or raw, written as the bytes arrive; vmdk, vdi or vhdx, converted afterwards.
+        qcow2 (default; raw with cbt-sync) or raw, written as the bytes arrive; vmdk, vdi or vhdx, converted afterwards.
     compression
         Of qcow2, in a second pass: none, zstd or zlib.
     transport
@@ -201,6 +202,8 @@ def vsphere(
         With --against-source: leaves of 256 KiB to read of each disk.
     seed
         With --against-source: of the sample, to read the same one again; 0 is another each time.
+    enable_cbt
+        With cbt-sync: switch changed block tracking on where it is off.
     json
         Print the result (or the error) as JSON on stdout.
     debug
@@ -212,7 +215,7 @@ def vsphere(
         "transport": transport,
         "limit_rate": limit_rate,
         "overcommit": overcommit,
-        "format": format,
+        **({"format": format} if format else {}),
         "compression": compression,
         "quiesce": quiesce,
         "allow_crash_consistent": allow_crash_consistent,
@@ -233,6 +236,7 @@ def vsphere(
         "boot_timeout_s": boot_timeout,
         "boot_expect": boot_expect,
         "boot_accelerator": boot_accelerator,
+        "enable_cbt": enable_cbt,
     }
 
     def settings() -> Settings:

@@ -16,6 +16,9 @@
     ├── VmNotFound
     ├── AmbiguousVmName
     ├── UnsupportedDisk              cannot be copied by this road: why, and which road can
+    ├── TrackingOff                  changed blocks are not tracked, and may not be, or cannot
+    ├── ChangeIdInvalid              what changed since a copy cannot be told
+    ├── CopyUnfit                    a copy that is here cannot be brought up to date
     ├── FenceClosed                  the VM's own state forbids a snapshot now
     ├── SnapshotChanged              what is being read is no longer the point in time it was
     ├── SourceChanged                the point in time of a copy is not at the source any more
@@ -184,6 +187,24 @@ class UnsupportedDisk(Hyper2KvmError):
     """{disk} cannot be copied: {reason}"""
 
     remedy = "{remedy}"
+
+
+class TrackingOff(Hyper2KvmError):
+    """Changed blocks of {vm} are not tracked: {why}"""
+
+    remedy = "Let it be switched on (--enable-cbt), which takes one snapshot and no reboot"
+
+
+class ChangeIdInvalid(Hyper2KvmError):
+    """What changed on {disk} since the last copy cannot be told: {reason}"""
+
+    remedy = "All of it is read, and what differs is written"
+
+
+class CopyUnfit(Hyper2KvmError):
+    """The copy in {folder} cannot be brought up to date: {reason}"""
+
+    remedy = "Choose another output folder, for a new whole copy"
 
 
 class FenceClosed(Hyper2KvmError):

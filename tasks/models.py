@@ -469,6 +469,8 @@ class ExportTransport(StrEnum):
     folder = "folder"
 
 
+EXPORT_MODES = ("export", "download_only", "cbt_sync")
+
 SLOWEST_BYTES_PER_S = 64 * 1024
 
 OptionalText = Annotated[str, BeforeValidator(lambda value: value or "")]
@@ -823,6 +825,59 @@ class VerifyJob(BaseModel):
     )
 
 
+class SyncJob(JobOptions):
+    """Which VM to copy once, and then only what changed of it, and how."""
+
+    format: ArrivalFormat = Field(
+        default="raw",
+        title="Image format",
+        description="Of the first copy: raw (sparse file) or qcow2. Later runs keep to what is there.",
+        examples=["raw"],
+    )
+    enable_cbt: bool = Field(
+        default=False,
+        title="Switch on changed block tracking",
+        description="Where the VM does not track its changed blocks, switch that on: one snapshot, no reboot. Off: "
+        "such a VM is refused.",
+        examples=[True],
+    )
+    quiesce: bool = Field(
+        default=False,
+        title="Quiesce the guest",
+        description="Ask VMware Tools to flush file systems before the snapshot (Windows: VSS).",
+        examples=[True],
+    )
+    allow_crash_consistent: bool = Field(
+        default=False,
+        title="Allow crash-consistent",
+        description="If quiescing fails, take a crash-consistent snapshot instead, and say so in the report.",
+        examples=[False],
+    )
+    parallel_disks: int = Field(
+        default=2,
+        title="Disks at once",
+        description="How many disks of the VM are read side by side.",
+        examples=[2],
+        ge=1,
+        le=16,
+    )
+    skip_readback: bool = Field(
+        default=False,
+        title="Skip reading back",
+        description="Do not read again what was written to verify it. The report says that it was skipped.",
+        examples=[False],
+    )
+
+    @property
+    def snapshot_moref(self) -> str:
+        """None that exists: each run takes its own."""
+        return ""
+
+    def first(self) -> ExportJob:
+        """Return the export that makes the first copy."""
+        return ExportJob(**self.model_dump(exclude={"enable_cbt"}))
+
+
 class SnapshotWishes(Value):
     """How a snapshot is to be taken, where a mode has no options of its own for that."""
 
@@ -843,7 +898,7 @@ class ExportOptions(BaseModel):
     vddk_libdir: Path | None = None
     limit_rate: str = ""
     overcommit: bool = False
-    format: str = "qcow2"
+    format: str | None = None
     compression: str = "none"
     quiesce: bool = False
     allow_crash_consistent: bool = False
@@ -864,6 +919,7 @@ class ExportOptions(BaseModel):
     boot_timeout_s: int = 0
     boot_expect: str = ""
     boot_accelerator: str = "auto"
+    enable_cbt: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -873,10 +929,10 @@ class ExportOptions(BaseModel):
             raise NotBuilt(what=f"the option {', '.join(unknown)}", instead=f"one of {', '.join(cls.model_fields)}")
         return values
 
-    def job(self) -> ExportJob | DownloadJob:
+    def job(self) -> ExportJob | DownloadJob | SyncJob:
         """Return the mode's options; raise NotBuilt for a mode or transport of the source that is not built yet."""
-        if self.export_mode not in ("export", "download_only"):
-            raise NotBuilt(what=f"the export mode {self.export_mode!r}", instead="'export' or 'download_only'")
+        if self.export_mode not in EXPORT_MODES:
+            raise NotBuilt(what=f"the export mode {self.export_mode!r}", instead=" or ".join(map(repr, EXPORT_MODES)))
         if self.transport not in list(ExportTransport):
             raise NotBuilt(
                 what=f"the transport {self.transport!r}", instead=" or ".join(map(repr, map(str, ExportTransport)))
@@ -889,6 +945,9 @@ class ExportOptions(BaseModel):
         """Return how a boot check is to be done."""
         wishes = {"timeout_s": self.boot_timeout_s, "expect": self.boot_expect, "accelerator": self.boot_accelerator}
         return BootWishes.model_validate(wishes)
+        if self.export_mode == "cbt_sync":
+            return SyncJob(**self._those_of(SyncJob))
+        return ExportJob(**self._those_of(ExportJob))
 
     def _those_of(self, mode: type[JobOptions]) -> dict[str, Any]:
-        return self.model_dump(include=set(mode.model_fields))
+        return self.model_dump(include=set(mode.model_fields), exclude_none=True)

@@ -14,7 +14,7 @@ from blocks import VCenter
 from tasks.images.domain import UNKNOWN_FORMATS
 from tasks.images.output import MANIFEST, land_all
 from tasks.images.state import JobState
-from tasks.models import DiskImage, Domain, ExportJob, Manifest, Snapshot
+from tasks.models import DiskImage, Domain, Manifest, Snapshot
 from tasks.steps import in_thread, quietly
 from tasks.text import cell, one_line
 
@@ -33,9 +33,9 @@ async def commit(manifest: Manifest, folder: Path, domain_xml: str) -> None:
 
 
 def manifest_of(
-    vcenter: VCenter, state: JobState, images: tuple[DiskImage, ...], options: ExportJob, domain: Domain | None
+    vcenter: VCenter, state: JobState, images: tuple[DiskImage, ...], domain: Domain | None, *, quiesce: bool
 ) -> Manifest:
-    """Return the manifest of a job whose disks have all landed."""
+    """Return the manifest of a job whose disks are all here, of one point in time."""
     return Manifest(
         vcenter_uuid=state.vcenter_uuid,
         vm=state.vm,
@@ -44,22 +44,22 @@ def manifest_of(
         domain=domain,
         consistent=True,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        warnings=tuple(_warnings(vcenter, state.snapshot, images, options)),
+        warnings=tuple(_warnings(vcenter, state.snapshot, images, quiesce=quiesce)),
     )
 
 
 def _warnings(
-    vcenter: VCenter, snapshot: Snapshot | None, images: tuple[DiskImage, ...], options: ExportJob
+    vcenter: VCenter, snapshot: Snapshot | None, images: tuple[DiskImage, ...], *, quiesce: bool
 ) -> list[str]:
     warnings = []
     if not vcenter.verify and not vcenter.thumbprint:
         warnings.append("The vCenter's certificate was not verified: the operator turned it off.")
     if snapshot is None:
         warnings.append("No snapshot was taken: the licence allows none, and the VM was off.")
-    elif options.quiesce and not snapshot.quiesced:
+    elif quiesce and not snapshot.quiesced:
         warnings.append("The guest could not be quiesced: the copy is crash-consistent.")
-    if options.format in UNKNOWN_FORMATS:
-        warnings.append(f"There is no domain.xml: libvirt has no {options.format} disks.")
+    for unknown in sorted({image.format for image in images} & set(UNKNOWN_FORMATS)):
+        warnings.append(f"There is no domain.xml: libvirt has no {unknown} disks.")
     if any(image.verified == "skipped" for image in images):
         warnings.append("The images were not read back: the operator skipped it.")
     if any(image.verified == "cached" for image in images):

@@ -108,7 +108,7 @@ async def hold_snapshot(
     """Return the job's own snapshot: the one it had `before`, else a new one; None where a VM that is off has none."""
     log = get_run_logger()
     try:
-        held = await on_vcenter(vcenter, _hold, vm, options, name=name, description=_description(), before=before)
+        held = await on_vcenter(vcenter, _hold, vm, options, name=name, description=description(), before=before)
     except LicenceForbids as error:
         if vm.power_state != "poweredOff":
             raise
@@ -157,7 +157,7 @@ async def check_snapshot(
     await on_vcenter(vcenter, check_unchanged, vm, snapshot, disks)
 
 
-def _description() -> str:
+def description() -> str:
     """Return what a snapshot says of itself, for people in vSphere and for the janitor."""
     return json.dumps(
         {

@@ -35,6 +35,11 @@ class DiskFiles:
         return self._named("journal")
 
     @property
+    def dirty(self) -> Path:
+        """Which leaves of the image a sync is about to change."""
+        return self._named("dirty")
+
+    @property
     def digests(self) -> Path:
         return self._named("digests")
 

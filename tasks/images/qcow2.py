@@ -61,6 +61,11 @@ class Qcow2Writer:
             with self._client(need=0) as client:
                 client.zero(offset, length)
 
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill `target` with the guest-visible bytes at `offset`."""
+        with self._client(need=0) as client:
+            client.read_into(offset, target)
+
     def flush(self) -> None:
         """Return once everything written is durable, the image's own metadata too. Raises DiskFull."""
         if self._clients[0].can_multi_conn:

@@ -75,6 +75,14 @@ class RawWriter:
             for at in range(offset, offset + length, len(ZEROS)):
                 self.write(at, memoryview(ZEROS)[: offset + length - at])
 
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill `target` with the bytes at `offset`. Raises OSError where the file ends before it does."""
+        while target:
+            done = os.preadv(self._fd, [target], offset)
+            if not done:
+                raise OSError(errno.EIO, "the image became shorter", str(self.path))
+            target, offset = target[done:], offset + done
+
     def flush(self) -> None:
         """Return once everything written is durable."""
         with naming_full_disk(self.path, need=0):

@@ -37,3 +37,11 @@ class Writer(Protocol):
     def close(self) -> None:
         """Give the image up; not flushed. May be called twice."""
         ...
+
+
+class Image(Writer, Protocol):
+    """A writer of an image that can be read as well; `read_into` may be called by several threads at once."""
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill `target` with what the image holds at `offset`, written by anybody before."""
+        ...

@@ -1,0 +1,73 @@
+"""The `cbt_sync` mode: a whole copy first, and from then on only what changed, into the same images."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from prefect import flow
+
+from blocks import VCenter
+from flows.export import copy_whole
+from tasks.describe import describe_domain
+from tasks.disks import copyable_disks
+from tasks.errors import TrackingOff
+from tasks.images.base import base_of, paired
+from tasks.images.state import discard, write_state
+from tasks.job import Job, job_at_work
+from tasks.models import Manifest, SyncJob
+from tasks.probe import probe
+from tasks.report import manifest_of
+from tasks.snapshot import check_snapshot, point_in_time
+from tasks.steps import side_by_side
+from tasks.succession import clean_up
+from tasks.sync import commit_sync, enable_tracking, sync_disk
+
+
+@flow(
+    name="cbt-sync",
+    flow_run_name="sync {options.vm_name}",
+    on_cancellation=[clean_up],
+    on_crashed=[clean_up],
+    on_failure=[clean_up],
+)
+async def cbt_sync(vcenter: VCenter, options: SyncJob) -> Manifest:
+    """Bring the copy of a VM up to now: the first run copies its disks, each later one only what changed since.
+
+    vSphere's changed block tracking says what changed; where it cannot, all is read and what differs is written. The
+    images and `manifest.json` lie in `<output folder>/<VM>/`, as `export` leaves them, and count as of the new point in
+    time once the manifest says so; a run that was killed is made good by the next. The source VM is left as it was.
+
+    Args:
+        vcenter: Where the VM is now: a saved vCenter, or a new one through Add.
+        options: Which VM to copy, where to, and how.
+    """
+    async with job_at_work(vcenter, options) as job:
+        if not job.vm.cbt_enabled:
+            if not options.enable_cbt:
+                raise TrackingOff(vm=job.vm.name, why="changeTrackingEnabled is false")
+            await enable_tracking(vcenter, job.vm, job.snapshot_name)
+        base = base_of(job.folder)
+        if base is None:
+            return await copy_whole(vcenter, job, options.first())
+        return await _brought_up_to_date(vcenter, job, base, options)
+
+
+async def _brought_up_to_date(vcenter: VCenter, job: Job, base: Manifest, options: SyncJob) -> Manifest:
+    """Return the manifest of the copy as of a new point in time, of all its disks at once."""
+    vm, folder, name, give_up = job.vm, job.folder, job.snapshot_name, partial(discard, job.folder)
+    # Never a snapshot of a run before: from the manifest's changeId on, one of now costs hardly more.
+    async with point_in_time(vcenter, vm, options, name=name, before=None, give_up=give_up) as snapshot:
+        disks = await copyable_disks(vcenter, job.server, vm, snapshot)
+        pairs = paired(folder, base, vm, disks)
+        await probe(vcenter, vm, disks)
+        state = job.state(snapshot, disks)
+        write_state(folder, state)
+        skip = options.skip_readback
+        calls = [partial(sync_disk, vcenter, state, pair, folder, skip_readback=skip) for pair in pairs]
+        synced = await side_by_side(calls, at_once=options.parallel_disks)
+        await check_snapshot(vcenter, vm, snapshot, disks)
+        images = tuple(sorted((each.image for each in synced), key=lambda image: image.index))
+        domain, xml = await describe_domain(state, images, folder, options.first())
+        manifest = manifest_of(vcenter, state, images, domain, quiesce=options.quiesce)
+        await commit_sync(manifest, synced, folder, xml)
+        return manifest

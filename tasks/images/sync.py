@@ -1,0 +1,151 @@
+"""One image from the point in time it is of to a later one, and back from wherever a run before was killed at that.
+
+    counts ──dirty list──▶ torn ──fetched, written, durable, read back──▶ done ──manifest, for all disks──▶ counts
+
+An image counts for what its manifest says, until a dirty list says that it is between two points in time; then only a
+new manifest makes it count again. Killed while torn or done, the next run begins at the changeId of the manifest, which
+tells all that was written since, and fetches every dirty leaf whole. How vSphere is asked is not known here.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from tasks.errors import ChangeIdInvalid, IntegrityMismatch, InvalidInput
+from tasks.images import dirty, qemu
+from tasks.images.base import Base, Plan, same_tracking, sound
+from tasks.images.changes import Changes
+from tasks.images.copy import Limits
+from tasks.images.digests import LEAF_BYTES, Digests
+from tasks.images.files import write_atomically
+from tasks.images.layout import DiskFiles
+from tasks.images.manifest import write_manifest
+from tasks.images.patch import PatchResult, patch
+from tasks.images.qcow2 import Qcow2Writer
+from tasks.images.raw import RawWriter
+from tasks.images.state import discard
+from tasks.images.verify import compare
+from tasks.models import DiskImage, Extent, Manifest, ReadBack, Value
+from tasks.rate import Rate
+from tasks.reader import Reader
+
+Changed = Callable[[str], tuple[Extent, ...]]
+"""What was written since a changeId; raises ChangeIdInvalid where that cannot be told."""
+
+log = logging.getLogger(__name__)
+
+
+class Synced(Value):
+    """An image as of a later point in time, which does not count yet, and what it took."""
+
+    image: DiskImage
+    how: str
+    why: str
+    changed_bytes: int
+    written_bytes: int
+    read_here_bytes: int
+    leaves_in_doubt: int
+
+
+def bring_up_to_date(
+    reader: Reader,
+    base: Base,
+    folder: Path,
+    changed: Changed,
+    *,
+    skip_readback: bool = False,
+    limits: Limits | None = None,
+    expect: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+    stop: threading.Event | None = None,
+    rate: Rate | None = None,
+) -> Synced:
+    """Fetch into the image of `base` what changed on its disk, by an entered reader of that; return once it is durable.
+
+    What was written is read back, unless skipped. The image is torn from here on, until `count`. expect, progress: told
+    how many bytes there are to do, and how many were done. Raises what `patch` raises.
+    """
+    files, size = base.files(folder), base.disk.capacity_bytes
+    torn = dirty.dirty_leaves(files, size=size)
+    if torn:
+        qemu.check(folder / base.image.path, format=base.image.format, mend_leaks=True, stop=stop)
+    with _digests(files, size) as digests:
+        plan = _plan(base, digests, changed, torn=bool(torn))
+        changes = plan.changes(size, torn)
+        dirty.begin(files, changes.leaves)
+        if expect:
+            expect(sum(leaf.length for leaf in changes.leaves))
+        kind = RawWriter if base.image.format == "raw" else Qcow2Writer
+        with kind.open(folder / base.image.path) as image:
+            result = patch(
+                reader,
+                image,
+                changes,
+                digests=digests,
+                compare=plan.changed is None,
+                limits=limits,
+                progress=progress,
+                stop=stop,
+                rate=rate,
+            )
+        verified = "skipped" if skip_readback else _read_back(base, folder, digests, changes, stop)
+    return _synced(base, plan, changes, result, verified)
+
+
+def count(folder: Path, manifest: Manifest, domain_xml: str = "") -> None:
+    """Have the images of a folder count as of the point in time of `manifest`: all of them, at once.
+
+    May be killed anywhere. Raises DiskFull, and then they are as torn as before.
+    """
+    if manifest.domain:
+        write_atomically(folder / manifest.domain.path, domain_xml)
+    write_manifest(folder, manifest)
+    dirty.forget(folder)
+    discard(folder)
+
+
+def _digests(files: DiskFiles, size: int) -> Digests:
+    """Open the sidecar; a new one, of which nothing is believed, where it cannot be used."""
+    try:
+        return Digests.open(files.digests, writable=True)
+    except (FileNotFoundError, InvalidInput) as error:
+        log.warning("digests are made anew path=%s error=%s", files.digests, error)
+        return Digests.create(files.digests, size=size)
+
+
+def _plan(base: Base, digests: Digests, changed: Changed, *, torn: bool) -> Plan:
+    since = base.image.change_id
+    why = same_tracking(since, base.disk.change_id) or ("" if torn else sound(base, digests))
+    if since and not why:
+        try:
+            return Plan(changed=changed(since), why="")
+        except ChangeIdInvalid as error:
+            why = str(error.reason)
+    log.warning("all is read, and what differs is written path=%s why=%r", base.image.path, why)
+    return Plan(changed=None, why=why)
+
+
+def _read_back(base: Base, folder: Path, digests: Digests, changes: Changes, stop: threading.Event | None) -> ReadBack:
+    path, wrong = folder / base.image.path, list[int]()
+    road = compare(path, changes.leaves, wrong.append, format=base.image.format, digests=digests, stop=stop)
+    if wrong:
+        where = f"{len(wrong)} of the leaves just written differ, the first at byte {min(wrong) * LEAF_BYTES}"
+        raise IntegrityMismatch(path=str(path), where=where)
+    return road
+
+
+def _synced(base: Base, plan: Plan, changes: Changes, result: PatchResult, verified: ReadBack) -> Synced:
+    now = {"change_id": base.disk.change_id, "source": base.disk.datastore_path, "digest": result.digest}
+    took = {"bytes_transferred": result.bytes_transferred, "seconds": result.seconds, "verified": verified}
+    return Synced(
+        image=base.image.model_copy(update=now | took),
+        how=plan.how,
+        why=plan.why,
+        changed_bytes=changes.length,
+        written_bytes=result.bytes_written,
+        read_here_bytes=result.bytes_read_here,
+        leaves_in_doubt=result.leaves_in_doubt,
+    )

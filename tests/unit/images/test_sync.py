@@ -1,0 +1,273 @@
+"""Syncs of an image whose guest goes on writing, killed wherever it may be: after the last one the copy is the disk."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from tasks.errors import ChangeIdInvalid
+from tasks.images.base import Base
+from tasks.images.copy import Limits, copy
+from tasks.images.digests import LEAF_BYTES, Digests, record_of
+from tasks.images.dirty import begin, torn
+from tasks.images.extents import merged, whole_disk
+from tasks.images.layout import DiskFiles
+from tasks.images.manifest import read_manifest, write_manifest
+from tasks.images.qcow2 import Qcow2Writer
+from tasks.images.raw import RawWriter
+from tasks.images.sync import Synced, bring_up_to_date, count
+from tasks.images.verify import verify
+from tasks.models import ArrivalFormat, DiskImage, Extent, Manifest, VirtualDisk
+from tests.unit.images.dying import CALLS, every_death, killed
+from tests.unit.images.fakes import FakeReader, leaves
+from tests.unit.images.test_manifest import VM
+
+BLOCK = 64 * 1024
+CONTENT = leaves("ab0c0de", tail=5 * 512)
+SIZE = len(CONTENT)
+MEMORY = "/dev/shm"  # where fsync takes no time: thousands of them
+LIMITS = Limits(threads=2, attempts=3, first_wait_s=0.001, longest_wait_s=0.002)
+
+
+class Source:
+    """A disk whose guest writes, and a host that tracks it; a snapshot is held from `point` on."""
+
+    def __init__(self) -> None:
+        self.content, self.uuid = bytearray(CONTENT), "52 00"
+        self.epochs: list[set[int]] = [set()]
+        self.frozen = bytes(self.content)
+        self.history = [self.frozen]
+        self.widened = self.silent = False
+
+    def write(self, offset: int, data: bytes) -> None:
+        self.content[offset : offset + len(data)] = data
+        self.epochs[-1] |= set(range(offset // BLOCK, -(-(offset + len(data)) // BLOCK)))
+
+    def reset(self) -> None:
+        self.uuid, self.epochs = f"52 {int(self.uuid[3:]) + 1:02}", [set()]
+
+    def revert(self, back: int) -> None:
+        self.content[:] = self.history[-1 - back % len(self.history)]
+        self.reset()
+
+    def point(self) -> str:
+        """Take the snapshot to sync to; return its changeId."""
+        self.frozen = bytes(self.content)
+        self.history.append(self.frozen)
+        self.epochs.append(set())
+        return f"{self.uuid}/{len(self.epochs)}"
+
+    def changed(self, since: str) -> tuple[Extent, ...]:
+        uuid, _, number = since.partition("/")
+        if uuid != self.uuid or self.silent:
+            raise ChangeIdInvalid(disk="disk", reason="unknown")
+        blocks = set().union(*self.epochs[int(number) - 1 : -1])
+        if self.widened:
+            blocks |= {block + 1 for block in blocks} | {0}
+        found = (Extent(start=n * BLOCK, length=min(BLOCK, SIZE - n * BLOCK)) for n in blocks if n * BLOCK < SIZE)
+        return merged(found)
+
+
+def disk(change_id: str) -> VirtualDisk:
+    return VirtualDisk(
+        index=0,
+        key=2000,
+        label="Hard disk 1",
+        controller_key=1000,
+        datastore_path="[ds] web/web.vmdk",
+        capacity_bytes=SIZE,
+        backing="FlatVer2BackingInfo",
+        uuid="6000C29",
+        change_id=change_id,
+    )
+
+
+def make_copy(folder: Path, source: Source, form: ArrivalFormat = "raw") -> None:
+    """Leave a whole copy of the source as of now, as an export does."""
+    change_id, files = source.point(), DiskFiles(folder, 0)
+    kind = RawWriter if form == "raw" else Qcow2Writer
+    with (
+        FakeReader(source.frozen) as reader,
+        kind.create(files.final(form), size=SIZE) as writer,
+        Digests.create(files.digests, size=SIZE) as digests,
+    ):
+        result = copy(reader, whole_disk(SIZE), writer, digests=digests, limits=LIMITS)
+    image = DiskImage(
+        index=0,
+        disk_key=2000,
+        uuid="6000C29",
+        change_id=change_id,
+        source="[ds] web/web.vmdk",
+        path=files.final(form).name,
+        format=form,
+        virtual_size=SIZE,
+        digest=result.digest,
+        bytes_transferred=SIZE,
+        road="fake",
+        verified="direct",
+    )
+    whole = Manifest(vcenter_uuid="v", vm=VM, snapshot=None, disks=(image,), consistent=True, created="now")
+    write_manifest(folder, whole)
+
+
+def sync(folder: Path, source: Source, change_id: str, *, skip_readback: bool = False) -> Synced:
+    """Bring the copy up to the source's last point, and have it count."""
+    manifest = read_manifest(folder)
+    base = Base(disk=disk(change_id), image=manifest.disks[0])
+    with FakeReader(source.frozen, chunk=BLOCK // 2) as reader:
+        synced = bring_up_to_date(reader, base, folder, source.changed, limits=LIMITS, skip_readback=skip_readback)
+    count(folder, manifest.model_copy(update={"disks": (synced.image,)}))
+    return synced
+
+
+def assert_counts(folder: Path, source: Source) -> None:
+    """Compare image, digests and manifest with the source's last point."""
+    image = read_manifest(folder).disks[0]
+    with Digests.open(folder / "disk-0.digests") as digests:
+        assert digests.image_digest() == image.digest
+        verify(folder / image.path, format=image.format, digests=digests)
+    if image.format == "raw":
+        assert (folder / image.path).read_bytes() == source.frozen
+    assert not torn(folder)
+    kept = {image.path, "disk-0.digests", "manifest.json"}
+    assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == kept
+
+
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+def test_only_what_changed_is_fetched_and_written(tmp_path: Path, form: ArrivalFormat) -> None:
+    source = Source()
+    make_copy(tmp_path, source, form)
+    source.write(3 * BLOCK + 7, b"x" * 100)
+    source.write(LEAF_BYTES * 5 - 5, b"y" * 10)
+    source.write(SIZE - 3, b"end")
+    source.write(LEAF_BYTES, bytes(BLOCK))
+    synced = sync(tmp_path, source, source.point())
+    assert synced.how == "changes"
+    assert synced.image.bytes_transferred == synced.changed_bytes == 4 * BLOCK + 5 * 512
+    assert synced.written_bytes == 3 * BLOCK + 5 * 512  # the zeros are a hole
+    assert synced.read_here_bytes <= 5 * synced.changed_bytes
+    assert_counts(tmp_path, source)
+
+
+def test_what_is_near_comes_with_one_request() -> None:
+    from tasks.images.changes import closed_up
+
+    apart = [Extent(start=start * BLOCK, length=BLOCK) for start in (0, 2, 3, 9)]
+    assert [(each.start // BLOCK, each.length // BLOCK) for each in closed_up(apart, gap_bytes=BLOCK)] == [
+        (0, 4),
+        (9, 1),
+    ]
+
+
+def test_where_nobody_knows_what_changed_only_what_differs_is_written(tmp_path: Path) -> None:
+    source = Source()
+    make_copy(tmp_path, source)
+    source.write(7 * BLOCK, b"z" * 5)
+    source.reset()
+    synced = sync(tmp_path, source, source.point())
+    assert (synced.how, synced.image.bytes_transferred, synced.written_bytes) == ("everything", SIZE, BLOCK)
+    assert "reset" in synced.why
+    assert_counts(tmp_path, source)
+
+
+def test_a_leaf_that_a_power_cut_tore_is_fetched_whole_whatever_its_digest_says(tmp_path: Path) -> None:
+    source, files = Source(), DiskFiles(tmp_path, 0)
+    make_copy(tmp_path, source)
+    source.write(LEAF_BYTES * 2, b"changed")
+    begin(files, [Extent(start=LEAF_BYTES * 2, length=LEAF_BYTES)])
+    ruin = random.Random(1).randbytes(LEAF_BYTES)
+    with files.final("raw").open("r+b") as image, Digests.open(files.digests, writable=True) as digests:
+        image.seek(LEAF_BYTES * 2)
+        image.write(ruin)
+        digests.put(2, record_of(ruin))
+    synced = sync(tmp_path, source, source.point())
+    assert (synced.how, synced.image.bytes_transferred, synced.leaves_in_doubt) == ("changes", LEAF_BYTES, 0)
+    assert_counts(tmp_path, source)
+
+
+def test_a_dirty_list_that_cannot_be_read_means_all_of_the_disk(tmp_path: Path) -> None:
+    source = Source()
+    make_copy(tmp_path, source)
+    DiskFiles(tmp_path, 0).dirty.write_text("{")
+    synced = sync(tmp_path, source, source.point())
+    assert synced.image.bytes_transferred == SIZE
+    assert_counts(tmp_path, source)
+
+
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+def test_killed_at_any_call_the_next_sync_makes_it_good(tmp_path: Path, form: ArrivalFormat) -> None:
+    """Each line of the crash table that a sync has, and all between them."""
+    number = 0
+
+    def prepare() -> None:
+        nonlocal number, source, folder, change_id
+        number += 1
+        source, folder = Source(), tmp_path / str(number)
+        folder.mkdir()
+        make_copy(folder, source, form)
+        source.write(BLOCK, b"x" * 3 * BLOCK)
+        source.write(LEAF_BYTES * 4 + 9, b"y")
+        change_id = source.point()
+
+    source, folder, change_id = Source(), tmp_path, ""
+    deaths = 0
+    for _ in every_death(lambda: sync(folder, source, change_id), prepare=prepare):
+        deaths += 1
+        source.write(LEAF_BYTES * 2, b"later")
+        sync(folder, source, source.point())
+        assert_counts(folder, source)
+    assert deaths >= 6
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("write"), st.integers(0, SIZE - 1), st.integers(1, 3 * BLOCK)),
+        st.tuples(st.just("trim"), st.integers(0, SIZE - 1), st.integers(1, 3 * BLOCK)),
+        st.tuples(st.just("sync"), st.integers(0, 40), st.just(0)),
+        st.tuples(st.just("sync"), st.integers(0, 12), st.just(0)),
+        st.tuples(st.just("reset"), st.just(0), st.just(0)),
+        st.tuples(st.just("revert"), st.integers(0, 3), st.just(0)),
+        st.tuples(st.just("widened"), st.booleans(), st.just(0)),
+        st.tuples(st.just("silent"), st.booleans(), st.just(0)),
+    ),
+    max_size=14,
+)
+
+
+@given(steps=steps, seed=st.integers(0, 2**32))
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+def test_whatever_happens_after_the_last_sync_the_copy_is_the_disk(
+    steps: Sequence[tuple[str, int, int]], seed: int
+) -> None:
+    """The guest writes and trims, hosts reset, forget and say too much, runs are killed at any of their calls."""
+    noise, source = random.Random(seed), Source()
+    with tempfile.TemporaryDirectory(dir=MEMORY) as scratch:
+        folder = Path(scratch)
+        make_copy(folder, source)
+        for verb, a, b in steps:
+            match verb:
+                case "write":
+                    source.write(a, noise.randbytes(min(b, SIZE - a)))
+                case "trim":
+                    source.write(a, bytes(min(b, SIZE - a)))
+                case "sync":
+                    before = a if noise.random() < 0.7 else 0
+                    if killed(
+                        partial(sync, folder, source, source.point(), skip_readback=True), before=before, calls=CALLS
+                    ):
+                        event("killed")
+                case "reset":
+                    source.reset()
+                case "revert":
+                    source.revert(a)
+                case _ if verb in ("widened", "silent"):
+                    setattr(source, verb, bool(a))
+        sync(folder, source, source.point())
+        assert_counts(folder, source)
