@@ -19,12 +19,13 @@ type stats struct {
 	served        int64            // disk bytes by any road
 	open          map[string]int64 // transfers now, by host
 	peak          map[string]int64
+	prepared      map[string]bool // VDDK: VM and identity, between PrepareForAccess and EndAccess
 
 	ticketsIssued, ticketsUsed, ticketsRefused int64
 }
 
 func newStats() *stats {
-	s := &stats{open: map[string]int64{}}
+	s := &stats{open: map[string]int64{}, prepared: map[string]bool{}}
 	s.reset()
 	return s
 }
@@ -75,6 +76,15 @@ func (s *stats) ticket(counter *int64) {
 	*counter++
 }
 
+// access notes that a VM is prepared for VDDK's access under an identity, or not any more.
+func (s *stats) access(who string, on bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if delete(s.prepared, who); on {
+		s.prepared[who] = true
+	}
+}
+
 func (s *stats) diskBytes(n int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -106,6 +116,7 @@ func (l *lab) report() map[string]any {
 		"http_requests": copyMap(s.requests), "http_bytes": copyMap(s.bytes),
 		"live_sessions": sessions, "open_snapshots": snapshots,
 		"bytes_served": s.served, "peak_transfers": copyMap(s.peak),
+		"vddk_prepared": len(s.prepared),
 		"tickets_issued": s.ticketsIssued, "tickets_used": s.ticketsUsed, "tickets_refused": s.ticketsRefused,
 	}
 }
