@@ -111,6 +111,24 @@ def split_address(text: str) -> tuple[str, int | None]:
     )
 
 
+VDDK_TRANSPORT_MODES = "nbdssl:nbd:hotadd:san"
+VddkCompression = Literal["none", "zlib", "fastlz", "skipz"]
+
+
+class VddkSettings(Value):
+    """Where VMware's VDDK lies here, and how it is to read.
+
+    libdir: its distribution's root, or the folder of its libraries; None: looked for where it usually is.
+    transport_modes: tried in that order. compression: of what goes over the network. large_buffers: sixteen times
+    64 KiB, four of them, for each session with a host.
+    """
+
+    libdir: Path | None = None
+    transport_modes: str = VDDK_TRANSPORT_MODES
+    compression: VddkCompression = "none"
+    large_buffers: bool = False
+
+
 class ServiceTicket(Value):
     """What opens one URL by one method, once, at an ESXi host whose certificate has `thumbprint` (None: not said)."""
 
