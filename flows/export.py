@@ -9,14 +9,15 @@ from prefect import flow
 
 from blocks import VCenter
 from tasks.convert import land
-from tasks.disks import copyable_disks
+from tasks.disks import Choice, copyable_disks
 from tasks.images.files import allocated_bytes, need_space
 from tasks.images.output import DiskFiles, refuse_existing
 from tasks.images.state import JobState, discard, read_state, write_state
 from tasks.job import Job, job_at_work
-from tasks.models import ExportJob, Manifest, VirtualDisk
+from tasks.models import DiskJob, ExportJob, Manifest, VddkSettings, VirtualDisk
 from tasks.probe import probe
 from tasks.report import commit, manifest_of
+from tasks.road import vddk_of
 from tasks.snapshot import check_snapshot, drop_snapshot, point_in_time
 from tasks.steps import side_by_side
 from tasks.succession import clean_up
@@ -42,27 +43,34 @@ async def export_vm(vcenter: VCenter, options: ExportJob) -> Manifest:
         vcenter: Where the VM is now: a saved vCenter, or a new one through Add.
         options: Which VM to export, where to, and how.
     """
+    vddk = vddk_of(options)
     async with job_at_work(vcenter, options) as job:
-        state = await _arrived(vcenter, job, options)
-        return await _landed(vcenter, state, job.folder, options)
+        state = await arrived(vcenter, job, options, vddk, Choice(vddk=vddk is not None))
+        return await landed(vcenter, state, job.folder, options)
 
 
-async def _arrived(vcenter: VCenter, job: Job, options: ExportJob) -> JobState:
-    """Return the job's state once every disk lies here as a part, copied now or by an earlier run."""
+async def arrived(vcenter: VCenter, job: Job, options: DiskJob, vddk: VddkSettings | None, choice: Choice) -> JobState:
+    """Return the job's state once every disk chosen lies here as a part, copied now or by an earlier run."""
     vm, folder, name = job.vm, job.folder, job.snapshot_name
     state = read_state(folder)
+    if state and state.disks and state.selection != choice.words:  # other disks were wanted then
+        discard(folder)
+        state = None
     refuse_existing(folder, state)
     if state and state.all_arrived:
         await drop_snapshot(vcenter, vm, name)
         return state
     before, give_up = state.snapshot if state else None, partial(discard, folder)
     async with point_in_time(vcenter, vm, options, name=name, before=before, give_up=give_up) as snapshot:
-        disks = await copyable_disks(vcenter, job.server, vm, snapshot)
+        there = await copyable_disks(vcenter, job.server, vm, snapshot, choice)
+        disks = choice.of(there)
         arriving = options.arrival_format
         parts = {disk: DiskFiles(folder, disk.index) for disk in disks}
         need_space(folder, sum(_sure_to_take(disk, files.part(arriving)) for disk, files in parts.items()))
-        await probe(vcenter, vm, disks)
-        state = job.state(snapshot, disks)
+        left_out = tuple(disk.title for disk in there if disk not in disks)
+        chosen = {"selection": choice.words, "left_out": left_out, "vddk": vddk}
+        state = job.state(snapshot, disks).model_copy(update=chosen)
+        await probe(vcenter, state)
         write_state(folder, state)
         calls = [partial(transfer, vcenter, state, disk, files, arriving) for disk, files in parts.items()]
         arrivals = await side_by_side(calls, at_once=options.parallel_disks)
@@ -77,7 +85,7 @@ def _sure_to_take(disk: VirtualDisk, part: Path) -> int:
     return 0 if disk.thin else max(0, disk.capacity_bytes - allocated_bytes(part))
 
 
-async def _landed(vcenter: VCenter, state: JobState, folder: Path, options: ExportJob) -> Manifest:
+async def landed(vcenter: VCenter, state: JobState, folder: Path, options: DiskJob) -> Manifest:
     """Return the manifest of a job whose disks have arrived, once they have their final names."""
     calls = [partial(land, state.vm, each, DiskFiles(folder, each.disk.index), options) for each in state.arrivals]
     images = await side_by_side(calls, at_once=options.parallel_disks)

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 import prefect
@@ -19,8 +19,11 @@ from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from tasks.errors import PrefectUnreachable
-from tasks.models import DownloadJob, DownloadManifest, JobOptions, Manifest
+from tasks.models import DownloadJob, DownloadManifest, ExportOptions, Manifest, VddkJob
 from tasks.process import dying_with_us
+
+if TYPE_CHECKING:
+    from blocks import VCenter
 
 START_TIMEOUT_S = 90  # Prefect's own default of 20 s is too short for a first run, which migrates the database
 ANSWER_TIMEOUT_S = 10.0
@@ -28,12 +31,22 @@ ANSWER_TIMEOUT_S = 10.0
 T = TypeVar("T")
 
 
-def flow_of(job: JobOptions) -> Callable[..., Awaitable[Manifest | DownloadManifest]]:
-    """Return the flow whose options `job` is."""
+async def run_mode(
+    options: ExportOptions, vcenter: VCenter, *, say: Callable[[str], None]
+) -> Manifest | DownloadManifest:
+    """Run the flow of the mode that the options name, to its end. Raises NotBuilt, and what the flow raises."""
+    from blocks import VddkToolkit
     from flows.download_only import download_only
     from flows.export import export_vm
+    from flows.vddk_download import vddk_download
 
-    return download_only if isinstance(job, DownloadJob) else export_vm
+    job = options.job()
+    if isinstance(job, DownloadJob):
+        return await run_flow(download_only, say=say, vcenter=vcenter, options=job)
+    if isinstance(job, VddkJob):
+        toolkit = VddkToolkit(libdir=options.vddk_libdir)
+        return await run_flow(vddk_download, say=say, vcenter=vcenter, toolkit=toolkit, options=job)
+    return await run_flow(export_vm, say=say, vcenter=vcenter, options=job)
 
 
 async def run_flow(flow: Callable[..., Awaitable[T]], *, say: Callable[[str], None], **parameters: Any) -> T:

@@ -27,8 +27,8 @@ from tasks.errors import Hyper2KvmError, InvalidInput, NotBuilt
 from tasks.models import CONNECTIONS, DownloadManifest, ExportOptions, Manifest
 from tasks.text import one_line
 
-LATER_ACTIONS = ("vddk-export", "cbt-sync", "preflight", "verify", "boot-check")
-MODES = {"export-vm": "export", "download-vm": "download_only"}
+LATER_ACTIONS = ("cbt-sync", "preflight", "verify", "boot-check")
+MODES = {"export-vm": "export", "download-vm": "download_only", "vddk-export": "vddk_download"}
 INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
 
 T = TypeVar("T")
@@ -79,9 +79,11 @@ def vsphere(
     concurrency: int = 3,
     fail_on_missing: Annotated[bool, Parameter(negative=())] = False,
     snapshot: Annotated[bool, Parameter(negative=())] = False,
+    vddk_libdir: Path | None = None,
+    vddk_disk: str = "",
+    all_disks: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
     debug: Annotated[bool, Parameter(negative=())] = False,
-    vddk_libdir: Annotated[Path | None, Parameter(show=False)] = None,
 ) -> int:
     """Work on the VMs of a vCenter or ESXi host.
 
@@ -90,7 +92,7 @@ def vsphere(
     glob
         With list-vms: only VMs whose name or inventory path matches.
     vs_action
-        export-vm, download-vm or list-vms.
+        export-vm, download-vm, vddk-export or list-vms.
     vcenter
         Name or address; host:port is understood.
     username
@@ -114,7 +116,7 @@ def vsphere(
     compression
         Of qcow2, in a second pass: none, zstd or zlib.
     transport
-        Road of the disks' bytes: auto or folder.
+        Road of the disks' bytes: auto, folder or vddk.
     limit_rate
         Bytes a second that the whole run takes at most, such as 60MiB.
     connections
@@ -143,6 +145,12 @@ def vsphere(
         With download-vm: fail where a disk's file that the configuration names is not there.
     snapshot
         With download-vm: freeze a running VM by a snapshot for the duration.
+    vddk_libdir
+        Folder of VMware's unpacked VDDK; looked for where it usually is, if not said.
+    vddk_disk
+        With vddk-export: key, label or number of the disk; else the only one, or the first.
+    all_disks
+        With vddk-export: every disk of the VM.
     json
         Print the result (or the error) as JSON on stdout.
     debug
@@ -166,6 +174,9 @@ def vsphere(
         "download_only_concurrency": concurrency,
         "fail_on_missing": fail_on_missing,
         "snapshot": snapshot,
+        "vddk_libdir": vddk_libdir,
+        "disk": vddk_disk,
+        "all_disks": all_disks,
     }
 
     def settings() -> Settings:
@@ -218,23 +229,23 @@ def _list(glob: str, settings: Settings, *, json: bool) -> int:
 
 
 def _run_mode(options: ExportOptions, settings: Settings, *, json: bool) -> int:
-    job = options.job()
+    options.job()  # what cannot be done is refused before anything is loaded
     started = time.monotonic()
     with Board(stderr()) as board:
         board.say("Loading Prefect")
-        from flows.run import flow_of, run_flow
+        from flows.run import run_mode
         from tasks.steps import METER_LISTENER
 
         async def run() -> Manifest | DownloadManifest:
             METER_LISTENER.set(board.listen)
-            return await run_flow(flow_of(job), say=board.say, vcenter=settings.vcenter(), options=job)
+            return await run_mode(options, settings.vcenter(), say=board.say)
 
         manifest = _run(run(), say=board.say)
     if json:
         print(manifest.model_dump_json(indent=2))
     else:
         console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-        for line in summary(manifest, job.output_dir, time.monotonic() - started):
+        for line in summary(manifest, options.output_dir, time.monotonic() - started):
             console.print(one_line(line))
     return 0
 

@@ -7,7 +7,7 @@ import logging
 
 from pydantic import SecretStr
 
-from flows.run import flow_of, run_flow
+from flows.run import run_mode
 from hyper2kvm.settings import Settings, password_from
 from tasks.models import CONNECTIONS, DownloadManifest, ExportOptions, Manifest
 
@@ -56,8 +56,8 @@ class VMwareClient:
 
         A mode or transport that is not built yet is refused with NotBuilt before anything is connected.
         """
-        job = options.job()
-        return await run_flow(flow_of(job), say=log.info, vcenter=self._settings.vcenter(), options=job)
+        options.job()
+        return await run_mode(options, self._settings.vcenter(), say=log.info)
 
     def export_vm(self, options: ExportOptions) -> Manifest | DownloadManifest:
         """The same, blocking."""

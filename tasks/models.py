@@ -360,12 +360,14 @@ class ExportTransport(StrEnum):
 
     auto = "auto"
     folder = "folder"
+    vddk = "vddk"
 
 
 SLOWEST_BYTES_PER_S = 64 * 1024
 
-OptionalText = Annotated[str, BeforeValidator(lambda value: value or "")]
-"""Text that may be left out. None is read as "": a field `str | None` becomes two tabs, "str" and "None", in a form."""
+OptionalText = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value or "")]
+"""Text that may be left out, or a path as text. None is read as "": a field `str | None` becomes two tabs, "str" and
+"None", in a form."""
 
 
 def _bytes_of(rate: str) -> int:
@@ -412,31 +414,12 @@ class JobOptions(BaseModel):
         return text
 
 
-class ExportJob(JobOptions):
-    """Which VM to export, where to, and how."""
+class DiskJob(JobOptions):
+    """How the disks of a VM are frozen, copied and checked, in every mode that makes images of them.
 
-    # The form that the Prefect UI shows is made of this; it shows neither examples nor comments.
+    image_format, image_compression: of the images; arrival_format: in which the bytes are written as they arrive.
+    """
 
-    format: ImageFormat = Field(
-        default="qcow2",
-        title="Image format",
-        description="qcow2 (thin, what libvirt prefers) or raw (sparse file), written as the bytes arrive; vmdk, vdi "
-        "and vhdx are converted from raw afterwards, which takes room for both.",
-        examples=["qcow2"],
-    )
-    compression: Compression = Field(
-        default="none",
-        title="Compression",
-        description="Of qcow2, in a second pass over what arrived, which takes room for both: zstd (QEMU 5.1 or newer) "
-        "or zlib. none: written in one pass.",
-        examples=["none"],
-    )
-    transport: ExportTransport = Field(
-        default=ExportTransport.auto,
-        title="Transport",
-        description="The road that the disks' bytes take. auto takes the best one that works, and says which.",
-        examples=["auto"],
-    )
     quiesce: bool = Field(
         default=False,
         title="Quiesce the guest",
@@ -473,14 +456,87 @@ class ExportJob(JobOptions):
     )
 
     @property
+    def image_format(self) -> ImageFormat:
+        return "raw"
+
+    @property
+    def image_compression(self) -> Compression:
+        return "none"
+
+    @property
     def arrival_format(self) -> ArrivalFormat:
-        """The format in which disks arrive: the one asked for, where one pass can write that."""
+        return "raw"
+
+
+class ExportJob(DiskJob):
+    """Which VM to export, where to, and how."""
+
+    # The form that the Prefect UI shows is made of this; it shows neither examples nor comments.
+
+    format: ImageFormat = Field(
+        default="qcow2",
+        title="Image format",
+        description="qcow2 (thin, what libvirt prefers) or raw (sparse file), written as the bytes arrive; vmdk, vdi "
+        "and vhdx are converted from raw afterwards, which takes room for both.",
+        examples=["qcow2"],
+    )
+    compression: Compression = Field(
+        default="none",
+        title="Compression",
+        description="Of qcow2, in a second pass over what arrived, which takes room for both: zstd (QEMU 5.1 or newer) "
+        "or zlib. none: written in one pass.",
+        examples=["none"],
+    )
+    transport: ExportTransport = Field(
+        default=ExportTransport.auto,
+        title="Transport",
+        description="The road that the disks' bytes take. auto takes the best one that works, and says which.",
+        examples=["auto"],
+    )
+    vddk_libdir: OptionalText = Field(
+        default="",
+        title="VDDK folder",
+        description="With the transport vddk: VMware's unpacked vmware-vix-disklib-distrib on the worker's machine. "
+        "Empty: looked for where it usually is.",
+        examples=["/usr/lib/vmware-vix-disklib"],
+    )
+
+    @property
+    def image_format(self) -> ImageFormat:
+        return self.format
+
+    @property
+    def image_compression(self) -> Compression:
+        return self.compression
+
+    @property
+    def arrival_format(self) -> ArrivalFormat:
+        """The one asked for, where one pass can write that."""
         return "qcow2" if self.format == "qcow2" and self.compression == "none" else "raw"
 
     @model_validator(mode="after")
     def _compressible(self) -> Self:
         if self.compression != "none" and self.format != "qcow2":
             raise ValueError(f"compression {self.compression} is of qcow2 images, and the format is {self.format}")
+        return self
+
+
+class VddkJob(DiskJob):
+    """Which disk of which VM to read through VDDK, and where to: raw, not converted."""
+
+    disk: OptionalText = Field(
+        default="",
+        title="Disk",
+        description="Key (2000), label (Hard disk 1) or number (0, in the order of the VM's device list). Empty: the "
+        "only one, or the first of several, and the report says so.",
+        examples=["Hard disk 1"],
+    )
+    all_disks: bool = Field(default=False, title="All disks", description="Read every disk of the VM.", examples=[True])
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if self.disk and self.all_disks:
+            raise ValueError(f"all disks and disk {self.disk} exclude each other")
         return self
 
 
@@ -540,6 +596,9 @@ class SnapshotWishes(Value):
     allow_crash_consistent: bool = False
 
 
+MODES = ("export", "download_only", "vddk_download")
+
+
 class ExportOptions(BaseModel):
     """The source document's options: one flat value for every mode. `job()` turns them into the mode's own."""
 
@@ -549,7 +608,7 @@ class ExportOptions(BaseModel):
     output_dir: Path
     export_mode: str = "export"
     transport: str = "auto"
-    vddk_libdir: Path | None = None
+    vddk_libdir: OptionalText = ""
     limit_rate: str = ""
     format: str = "qcow2"
     compression: str = "none"
@@ -564,6 +623,8 @@ class ExportOptions(BaseModel):
     download_only_concurrency: int = 3
     fail_on_missing: bool = False
     snapshot: bool = False
+    disk: str = ""
+    all_disks: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -573,16 +634,18 @@ class ExportOptions(BaseModel):
             raise NotBuilt(what=f"the option {', '.join(unknown)}", instead=f"one of {', '.join(cls.model_fields)}")
         return values
 
-    def job(self) -> ExportJob | DownloadJob:
+    def job(self) -> ExportJob | DownloadJob | VddkJob:
         """Return the mode's options; raise NotBuilt for a mode or transport of the source that is not built yet."""
-        if self.export_mode not in ("export", "download_only"):
-            raise NotBuilt(what=f"the export mode {self.export_mode!r}", instead="'export' or 'download_only'")
+        if self.export_mode not in MODES:
+            raise NotBuilt(what=f"the export mode {self.export_mode!r}", instead=" or ".join(map(repr, MODES)))
         if self.transport not in list(ExportTransport):
             raise NotBuilt(
                 what=f"the transport {self.transport!r}", instead=" or ".join(map(repr, map(str, ExportTransport)))
             )
         if self.export_mode == "download_only":
             return DownloadJob(concurrency=self.download_only_concurrency, **self._those_of(DownloadJob))
+        if self.export_mode == "vddk_download":
+            return VddkJob(**self._those_of(VddkJob))
         return ExportJob(**self._those_of(ExportJob))
 
     def _those_of(self, mode: type[JobOptions]) -> dict[str, Any]:

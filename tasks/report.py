@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from blocks import VCenter
 from tasks.images.output import MANIFEST, land_all
 from tasks.images.state import JobState
-from tasks.models import DiskImage, ExportJob, Manifest, Snapshot
+from tasks.models import DiskImage, DiskJob, Manifest, Snapshot
 from tasks.steps import in_thread, quietly
 from tasks.text import cell, one_line
 
@@ -30,7 +30,7 @@ async def commit(manifest: Manifest, folder: Path) -> None:
     await quietly(acreate_markdown_artifact(markdown(manifest, folder), key=key, description=description))
 
 
-def manifest_of(vcenter: VCenter, state: JobState, images: tuple[DiskImage, ...], options: ExportJob) -> Manifest:
+def manifest_of(vcenter: VCenter, state: JobState, images: tuple[DiskImage, ...], options: DiskJob) -> Manifest:
     """Return the manifest of a job whose disks have all landed."""
     return Manifest(
         vcenter_uuid=state.vcenter_uuid,
@@ -39,12 +39,12 @@ def manifest_of(vcenter: VCenter, state: JobState, images: tuple[DiskImage, ...]
         disks=images,
         consistent=True,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        warnings=tuple(_warnings(vcenter, state.snapshot, images, options)),
+        warnings=(*_warnings(vcenter, state.snapshot, images, options), *_left_out(state)),
     )
 
 
 def _warnings(
-    vcenter: VCenter, snapshot: Snapshot | None, images: tuple[DiskImage, ...], options: ExportJob
+    vcenter: VCenter, snapshot: Snapshot | None, images: tuple[DiskImage, ...], options: DiskJob
 ) -> list[str]:
     warnings = []
     if not vcenter.verify and not vcenter.thumbprint:
@@ -58,6 +58,11 @@ def _warnings(
     if any(image.verified == "cached" for image in images):
         warnings.append("The images were read back through the page cache: the file system refuses O_DIRECT.")
     return warnings
+
+
+def _left_out(state: JobState) -> list[str]:
+    others = ", ".join(state.left_out)
+    return [f"Copied was {state.selection}, and not: {others}."] if others else []
 
 
 def markdown(manifest: Manifest, folder: Path) -> str:

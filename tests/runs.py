@@ -115,8 +115,8 @@ def assert_nothing_left(lab: Lab, children_before: set[int] | None = None) -> No
     """No snapshot and no session on the lab, no child process and no thread of a transfer here."""
     stats = lab.stats()
     assert (stats["open_snapshots"], stats["live_sessions"]) == (0, 0), stats
-    busy = [thread.name for thread in threading.enumerate() if thread.name.startswith(("_copy", "_verify", "vcenter"))]
-    assert not [name for name in busy if name.startswith(("_copy", "_verify"))], busy
+    busy = [thread.name for thread in threading.enumerate() if thread.name.startswith(("fetch", "_verify", "vcenter"))]
+    assert not [name for name in busy if name.startswith(("fetch", "_verify"))], busy
     if children_before is not None:
         assert children() <= children_before
 

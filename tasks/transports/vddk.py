@@ -36,7 +36,7 @@ from tasks.errors import (
     VddkReadsZeros,
     VddkUnavailable,
 )
-from tasks.models import SECTOR_BYTES, Connection, Extent, Snapshot, Value, VddkSettings, VirtualDisk, VirtualMachine
+from tasks.models import SECTOR_BYTES, Connection, Extent, Value, VddkSettings
 from tasks.process import LAST_LINES, child, end_group
 from tasks.reader import TransientFault
 from tasks.transports import vixdisklib_abi as abi
@@ -109,28 +109,6 @@ class VddkDisk(Value):
     datastore_path: str
     capacity_bytes: int
     identity: str
-
-    @classmethod
-    def of(
-        cls,
-        disk: VirtualDisk,
-        *,
-        vm: VirtualMachine,
-        snapshot: Snapshot | None,
-        connection: Connection,
-        settings: VddkSettings,
-        job_id: str,
-    ) -> Self:
-        """Return a disk of `vm` as of a snapshot, to be read for a job."""
-        return cls(
-            connection=connection,
-            settings=settings,
-            vm_moref=vm.moref,
-            snapshot_moref=snapshot.moref if snapshot else "",
-            datastore_path=disk.datastore_path,
-            capacity_bytes=disk.capacity_bytes,
-            identity=f"hyper2kvm-{job_id}-disk-{disk.index}",
-        )
 
 
 class VddkReader:

@@ -157,7 +157,6 @@ class Disk:
         return params, strings
 
 
-
 class Worker:
     """Answers commands."""
 

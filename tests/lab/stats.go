@@ -116,7 +116,7 @@ func (l *lab) report() map[string]any {
 		"http_requests": copyMap(s.requests), "http_bytes": copyMap(s.bytes),
 		"live_sessions": sessions, "open_snapshots": snapshots,
 		"bytes_served": s.served, "peak_transfers": copyMap(s.peak),
-		"vddk_prepared": len(s.prepared),
+		"vddk_prepared":  len(s.prepared),
 		"tickets_issued": s.ticketsIssued, "tickets_used": s.ticketsUsed, "tickets_refused": s.ticketsRefused,
 	}
 }
