@@ -418,6 +418,7 @@ class DiskJob(JobOptions):
     """How the disks of a VM are frozen, copied and checked, in every mode that makes images of them.
 
     image_format, image_compression: of the images; arrival_format: in which the bytes are written as they arrive.
+    chains: whether the road reads what lies in chains of redo logs, not in flat files alone.
     """
 
     quiesce: bool = Field(
@@ -467,6 +468,10 @@ class DiskJob(JobOptions):
     def arrival_format(self) -> ArrivalFormat:
         return "raw"
 
+    @property
+    def chains(self) -> bool:
+        return True
+
 
 class ExportJob(DiskJob):
     """Which VM to export, where to, and how."""
@@ -513,6 +518,10 @@ class ExportJob(DiskJob):
     def arrival_format(self) -> ArrivalFormat:
         """The one asked for, where one pass can write that."""
         return "qcow2" if self.format == "qcow2" and self.compression == "none" else "raw"
+
+    @property
+    def chains(self) -> bool:
+        return self.transport is ExportTransport.vddk
 
     @model_validator(mode="after")
     def _compressible(self) -> Self:
@@ -594,6 +603,7 @@ class SnapshotWishes(Value):
     snapshot_moref: str = ""
     quiesce: bool = False
     allow_crash_consistent: bool = False
+    chains: bool = False
 
 
 MODES = ("export", "download_only", "vddk_download")

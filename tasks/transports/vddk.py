@@ -52,6 +52,7 @@ LEAVE_TIMEOUT_S = 20.0
 MEMORY_ATTEMPTS, MEMORY_WAIT_S = 5, 2.0  # of opening, where the host has no memory for one more session
 SAMPLES = 32
 LARGE_BUFFERS = "vixDiskLib.nfcAio.Session.BufSizeIn64KB=16\nvixDiskLib.nfcAio.Session.BufCount=4\n"
+LEFT_WELL = "exit status 0"
 ALLOCATED = "only what is allocated"
 USUAL_FOLDERS = (Path("/usr/lib/vmware-vix-disklib"), Path("/opt/vmware-vix-disklib-distrib"))
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,12 +189,9 @@ class VddkReader:
         """Start a worker and have it open the disk; both stay with `stack`."""
         with ExitStack() as mine:
             fd, self._memory = mine.enter_context(_ring(SLOTS * REQUEST_BYTES))
-            argv = [sys.executable, "-S", "-P", "-m", f"{__package__}.vddk_worker"]
-            environment = _environment(self._library.folder)
-            process = mine.enter_context(child(argv, stdin=subprocess.PIPE, env=environment, pass_fds=[fd]))
-            self._worker = _Worker(process, source=self.source)
-            mine.callback(self._worker.leave)
-            opened = self._opened(self._worker.open(self._wishes(fd, mine)))
+            wishes = self._wishes(fd, mine)
+            self._worker = mine.enter_context(self._at_work(wishes))
+            opened = self._opened(self._worker.open(wishes))
             self._allocated, mapped = self._ask_what_is_allocated()
             self._generation = opened["generation"]
             self.road_reason = f"{self._library.words}, transport {opened['mode']}, {mapped}"
@@ -201,11 +199,38 @@ class VddkReader:
         for slot in range(SLOTS):
             self._free.put(slot)
 
+    @contextmanager
+    def _started(self, ring_fd: int) -> Iterator[_Worker]:
+        """Have a worker for the block."""
+        argv = [sys.executable, "-S", "-P", "-m", f"{__package__}.vddk_worker"]
+        environment = _environment(self._library.folder)
+        with child(argv, stdin=subprocess.PIPE, env=environment, pass_fds=[ring_fd]) as process:
+            worker = _Worker(process, source=self.source)
+            try:
+                yield worker
+            finally:
+                worker.leave()
+
+    @contextmanager
+    def _at_work(self, wishes: dict[str, Any]) -> Iterator[_Worker]:
+        """Have a worker for the block, and another one after it to release the VM, where that did not end well."""
+        with ExitStack() as after, self._started(wishes["ring_fd"]) as worker:
+            after.callback(self._release, worker, wishes)
+            yield worker
+
+    def _release(self, worker: _Worker, wishes: dict[str, Any]) -> None:
+        if worker.left_well:
+            return
+        with self._started(wishes["ring_fd"]) as another:
+            another.open(wishes | {"open": False})
+        _log.warning("VDDK did not end well source=%r VM released=%s", self.source, another.left_well)
+
     def _wishes(self, ring_fd: int, stack: ExitStack) -> dict[str, Any]:
         """Return what the worker is told. The password is in it: it goes through a pipe, and nowhere else."""
         disk, settings, connection = self._disk, self._disk.settings, self._disk.connection
         certificate = tls.believed_certificate(connection)
         return {
+            "open": True,
             "library": str(self._library.file),
             "library_dir": str(self._library.root),
             "config": _config_file(stack) if settings.large_buffers else None,
@@ -275,7 +300,7 @@ class VddkReader:
                 if any(bytes(buffer).strip(b"\0") for _, buffer in self.stream(place)):
                     return
             except TransientFault as fault:
-                raise self._failed("Read", str(fault)) from fault
+                raise TransferInterrupted(source=self.source, resumable_at=0, why=str(fault)) from fault
         if places:
             raise VddkReadsZeros(version=self._library.version, source=self.source, count=len(places))
 
@@ -335,6 +360,7 @@ class _Worker:
         self._number = -1  # of the last command
         self._lock = threading.Lock()
         self._gave_up: BaseException | None = None
+        self.left_well = False  # known when it has ended
         self._said: deque[str] = deque(maxlen=LAST_LINES)
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._hear, self._listen)]
         for thread in self._threads:
@@ -400,6 +426,7 @@ class _Worker:
         for line in self._process.stdout:
             self._take(json.loads(line))
         outcome = _outcome(self._process)
+        self.left_well = outcome == LEFT_WELL
         self._threads[0].join(LEAVE_TIMEOUT_S)  # for its last words
         self.give_up(VddkCrashed(source=self._source, outcome=outcome, last_lines=self.last_lines()))
 

@@ -11,6 +11,8 @@ The main thread makes every call: InitEx has to be the main thread's, opens, clo
     {"id": 2, "op": "allocated", "chunk": 512}                        "blocks" in several answers, the last with "end"
     {"id": 3, "op": "reopen", "generation": 1}                        unless that has been done since
     {"id": 4, "op": "close"}
+
+A first line with "open" false only has the server allow again what a worker before, which crashed, had it forbid.
 """
 
 from __future__ import annotations
@@ -247,6 +249,8 @@ def main() -> None:
             library = Library(wishes)
             disk = Disk(library, wishes)
             stack.callback(disk.leave)
+            if not wishes["open"]:
+                return
             disk.prepare()
             disk.open()
             worker = Worker(library, disk, wishes, out)

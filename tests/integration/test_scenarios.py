@@ -239,7 +239,7 @@ async def test_a_disk_that_no_road_reads_is_named_before_a_snapshot_is_taken(kin
     [
         ("vsan", r"Hard disk 3 \(\[objects\] .*it is a vSAN or vVol object.*\. Move it to a VMFS or NFS datastore"),
         ("vvol", r"Hard disk 2 \(\[vols\] .*it is a vSAN or vVol object \(rfc4122\..*Move it to a VMFS"),
-        ("sesparse", r"Hard disk 2 .*SeSparseBackingInfo without a flat file.*will read it"),
+        ("sesparse", r"Hard disk 2 .*SeSparseBackingInfo without a flat file.*The road vddk reads it"),
     ],
 )
 async def test_a_disk_that_the_road_cannot_read_is_named_and_none_of_the_vm_is_copied(kinds, tmp_path, name, what):
@@ -254,7 +254,7 @@ async def test_a_vm_that_needs_consolidation_is_refused_before_a_snapshot(kinds,
 
 
 async def test_a_second_redo_log_is_refused_with_the_roads_that_will_read_it_and_what_works_today(kinds, tmp_path):
-    words = "second redo log.*VSS.*vddk, nfc_block and nfc_lease.*Run again without --quiesce"
+    words = "second redo log.*VSS.*--transport vddk.*Run again without --quiesce"
     with refused_before_the_first_byte(kinds, tmp_path, errors.UnsupportedDisk, words):
         await export(kinds, tmp_path, "windows", quiesce=True)
 
