@@ -13,12 +13,15 @@ from tasks.images.layout import DiskFiles
 from tasks.images.target import open_target
 from tasks.models import ArrivalFormat
 from tasks.rate import RATE
+from tasks.slots import one_of
 from tasks.steps import Meter
 from tasks.transports.bulk import Shared
 from tasks.transports.folder import FolderDisk, FolderReader
 from tasks.transports.vddk import VddkDisk, VddkReader
 from tasks.vsphere import tickets
 from tasks.vsphere.session import Session, borrow
+
+VDDK_DISKS_A_HOST = 10  # the NFC memory of an ESXi host is for some 50 sessions, and others want some
 
 
 class Fetched(CopyResult):
@@ -44,7 +47,7 @@ def fetch(
     Raises what `copy`, `open_target` and entering the reader raise.
     """
     with (
-        opened(source) as reader,
+        opened(source, stop=stop) as reader,
         open_target(files, size=reader.size, binding=binding, format=format, stop=stop) as target,
     ):
         wanted = target.missing
@@ -66,10 +69,16 @@ def fetch(
 
 
 @contextmanager
-def opened(source: FolderDisk | VddkDisk, *, probing: bool = False) -> Iterator[FolderReader | VddkReader]:
-    """Yield an entered reader of `source`. probing: it is only to be seen whether it can be read."""
+def opened(
+    source: FolderDisk | VddkDisk, *, stop: threading.Event, probing: bool = False
+) -> Iterator[FolderReader | VddkReader]:
+    """Yield an entered reader of `source`. probing: it is only to be seen whether it can be read.
+
+    Through VDDK it waits its turn, where many disks of that ESXi host are open on this machine.
+    """
     if isinstance(source, VddkDisk):
-        with VddkReader(source) as through_vddk:
+        turn = one_of(VDDK_DISKS_A_HOST, f"vddk-{source.host_name}", stop=stop)
+        with turn, VddkReader(source) as through_vddk:
             yield through_vddk
         return
     with borrow(source.connection) as session:

@@ -34,5 +34,5 @@ def _probe(connection: Connection, job: JobState, stop: threading.Event) -> None
         for disk in job.disks:
             if stop.is_set():
                 return
-            with opened(source_of(disk, job, connection), probing=True):
+            with opened(source_of(disk, job, connection), stop=stop, probing=True):
                 pass  # entering reads

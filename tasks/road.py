@@ -33,6 +33,7 @@ def source_of(disk: VirtualDisk, job: JobState, connection: Connection) -> Folde
     return VddkDisk(
         connection=connection,
         settings=job.vddk,
+        host_name=job.vm.host_name,
         vm_moref=job.vm.moref,
         snapshot_moref=job.snapshot.moref if job.snapshot else "",
         datastore_path=disk.datastore_path,

@@ -100,7 +100,8 @@ def find_library(libdir: Path | None) -> VddkLibrary:
 class VddkDisk(Value):
     """A disk as VDDK finds it: by VM, snapshot ("": none, the VM is off) and the path in the snapshot's config.
 
-    identity: who prepares the VM for access; whoever comes after a kill ends that under the same name.
+    identity: who prepares the VM for access; whoever comes after a kill ends that under the same name. host_name: of
+    the ESXi host behind, "" where that is not known.
     """
 
     connection: Connection
@@ -110,6 +111,7 @@ class VddkDisk(Value):
     datastore_path: str
     capacity_bytes: int
     identity: str
+    host_name: str = ""
 
 
 class VddkReader:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import errors
+from tasks import errors, fetch
 from tests.labs import VDDK, running_lab
 from tests.runs import (
     assert_equal_to_the_guests_disks,
@@ -66,6 +66,13 @@ async def test_every_disk_of_a_running_vm_is_the_guests_at_the_snapshot_while_it
     ]
     assert_equal_to_the_guests_disks(site, manifest, tmp_path / "e" / "web", tmp_path)
     assert_nothing_left(site)
+
+
+async def test_no_more_disks_of_a_host_are_open_at_once_than_it_bears(site, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "VDDK_DISKS_A_HOST", 1)
+    site.post("/stats/reset")
+    await vddk_download(site, tmp_path, "web", all_disks=True, parallel_disks=2)
+    assert site.stats()["vddk_prepared_peak"] == 1
 
 
 @pytest.mark.parametrize("wanted", ["2001", "hard disk 2", "1"])

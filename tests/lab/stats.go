@@ -20,6 +20,7 @@ type stats struct {
 	open          map[string]int64 // transfers now, by host
 	peak          map[string]int64
 	prepared      map[string]bool // VDDK: VM and identity, between PrepareForAccess and EndAccess
+	preparedPeak  int
 
 	ticketsIssued, ticketsUsed, ticketsRefused int64
 }
@@ -37,7 +38,7 @@ func (s *stats) reset() {
 	s.soapCalls, s.requests, s.bytes = map[string]int64{}, map[string]int64{}, map[string]int64{}
 	s.soapTotal, s.logins, s.loginAttempts, s.served = 0, 0, 0, 0
 	s.ticketsIssued, s.ticketsUsed, s.ticketsRefused = 0, 0, 0
-	s.peak = map[string]int64{}
+	s.peak, s.preparedPeak = map[string]int64{}, len(s.prepared)
 	for host, n := range s.open {
 		if n > 0 {
 			s.peak[host] = n
@@ -82,6 +83,7 @@ func (s *stats) access(who string, on bool) {
 	defer s.mu.Unlock()
 	if delete(s.prepared, who); on {
 		s.prepared[who] = true
+		s.preparedPeak = max(s.preparedPeak, len(s.prepared))
 	}
 }
 
@@ -116,7 +118,7 @@ func (l *lab) report() map[string]any {
 		"http_requests": copyMap(s.requests), "http_bytes": copyMap(s.bytes),
 		"live_sessions": sessions, "open_snapshots": snapshots,
 		"bytes_served": s.served, "peak_transfers": copyMap(s.peak),
-		"vddk_prepared":  len(s.prepared),
+		"vddk_prepared": len(s.prepared), "vddk_prepared_peak": s.preparedPeak,
 		"tickets_issued": s.ticketsIssued, "tickets_used": s.ticketsUsed, "tickets_refused": s.ticketsRefused,
 	}
 }
