@@ -7,7 +7,8 @@ from pathlib import Path
 from tasks.images.state import JobState
 from tasks.models import Connection, ExportJob, VddkSettings, VirtualDisk
 from tasks.transports.folder import FolderDisk
-from tasks.transports.vddk import VddkDisk, find_library
+from tasks.transports.vddk import VddkDisk
+from tasks.transports.vddk_library import find_library
 
 
 def vddk_of(options: ExportJob) -> VddkSettings | None:

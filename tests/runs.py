@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +132,11 @@ def assert_nothing_left(lab: Lab, children_before: set[int] | None = None) -> No
 
 def children() -> set[int]:
     """Return the process ids of this process's children."""
-    tasks = Path(f"/proc/{os.getpid()}/task")
-    return {int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()}
+    found: set[int] = set()
+    for thread in Path(f"/proc/{os.getpid()}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            found.update(int(pid) for pid in (thread / "children").read_text().split())
+    return found
 
 
 @contextmanager

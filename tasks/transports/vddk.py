@@ -1,25 +1,20 @@
 """Reading a disk through VMware's VDDK, which runs in a process of its own (`tasks.transports.vddk_worker`).
 
-glibc reads LD_LIBRARY_PATH when a program starts, and only then; the library needs it to find the libcrypto and
-libstdc++ that it comes with, which clash with Python's. So it is set for the worker, and never for us. Bytes come
-through shared memory; a crash of the library is an error here.
+Bytes come through shared memory; a crash of the library is an error here. How to talk to that process is not known
+here (`vddk_process`), nor where the library lies (`vddk_library`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import mmap
 import os
 import queue
-import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, Self
@@ -30,16 +25,16 @@ from tasks import tls
 from tasks.errors import (
     FileLocked,
     TransferInterrupted,
-    VddkCrashed,
     VddkFailed,
     VddkOutOfMemory,
     VddkReadsZeros,
     VddkUnavailable,
 )
 from tasks.models import SECTOR_BYTES, Connection, Extent, Value, VddkSettings
-from tasks.process import LAST_LINES, child, end_group
 from tasks.reader import TransientFault
 from tasks.transports import vixdisklib_abi as abi
+from tasks.transports.vddk_library import find_library
+from tasks.transports.vddk_process import Refused, Worker, worker_of
 
 LEAF_BYTES = 256 * 1024  # requests and chunks are of whole ones: what the copy loop works in
 REQUEST_BYTES = 2 * 1024 * 1024  # the most that is asked for at once
@@ -48,15 +43,10 @@ SLOTS = 2 * DEPTH  # one fills while the one before it is written
 EXTENT_BYTES = 32 * 1024 * 1024
 OPEN_TIMEOUT_S = 180.0  # the library's own attempts to reach a host take a minute each
 READ_TIMEOUT_S = 120.0
-LEAVE_TIMEOUT_S = 20.0
 MEMORY_ATTEMPTS, MEMORY_WAIT_S = 5, 2.0  # of opening, where the host has no memory for one more session
 SAMPLES = 32
 LARGE_BUFFERS = "vixDiskLib.nfcAio.Session.BufSizeIn64KB=16\nvixDiskLib.nfcAio.Session.BufCount=4\n"
-LEFT_WELL = "exit status 0"
 ALLOCATED = "only what is allocated"
-USUAL_FOLDERS = (Path("/usr/lib/vmware-vix-disklib"), Path("/opt/vmware-vix-disklib-distrib"))
-ROOT = Path(__file__).resolve().parents[2]
-NOT_THE_WORKERS = ("PYTHON", "PREFECT_", "VCENTER_")  # of our environment: secrets, and what would change its Python
 SHA1_DIGITS = "0" * 40
 UNLOCK = (
     "A running VM's disk is read from a snapshot: run without --vs-snapshot-moref, or with one that exists; and see "
@@ -64,37 +54,6 @@ UNLOCK = (
 )
 
 _log = logging.getLogger(__name__)
-
-
-class VddkLibrary(Value):
-    """A library found. `folder` is what the worker's LD_LIBRARY_PATH begins with, `root` what InitEx is told."""
-
-    file: Path
-    folder: Path
-    root: Path
-    version: str
-
-    @property
-    def words(self) -> str:
-        """Version, and the vSphere versions that it reads from."""
-        return f"VDDK {self.version} (for vSphere {abi.SERVES[int(self.version.partition('.')[0])]} and newer)"
-
-
-def find_library(libdir: Path | None) -> VddkLibrary:
-    """Return the newest library in `libdir` or its `lib64`; None: where it usually is. Raises VddkUnavailable."""
-    roots = (libdir.expanduser().absolute(),) if libdir else USUAL_FOLDERS
-    folders = [folder for root in roots for folder in (root / "lib64", root)]
-    for folder in folders:
-        for version in abi.VERSIONS:
-            if (file := folder / f"libvixDiskLib.so.{version}").is_file():
-                whole = file.resolve().name.partition(".so.")[2] or str(version)
-                root = folder.parent if folder.name == "lib64" else folder
-                return VddkLibrary(file=file, folder=folder, root=root, version=whole)
-    others = sorted({path.name for folder in folders for path in folder.glob("libvixDiskLib.so*")})
-    has_only = f" (only {', '.join(others)})" if others else ""
-    wanted = ", ".join(f".{version}" for version in reversed(abi.VERSIONS))
-    looked_in = ", ".join(f"{folder}{'' if folder.is_dir() else ' (not there)'}" for folder in folders)
-    raise VddkUnavailable(missing=f"there is no libvixDiskLib.so{wanted}{has_only}", looked_in=looked_in)
 
 
 class VddkDisk(Value):
@@ -201,29 +160,20 @@ class VddkReader:
         for slot in range(SLOTS):
             self._free.put(slot)
 
-    @contextmanager
-    def _started(self, ring_fd: int) -> Iterator[_Worker]:
-        """Have a worker for the block."""
-        argv = [sys.executable, "-S", "-P", "-m", f"{__package__}.vddk_worker"]
-        environment = _environment(self._library.folder)
-        with child(argv, stdin=subprocess.PIPE, env=environment, pass_fds=[ring_fd]) as process:
-            worker = _Worker(process, source=self.source)
-            try:
-                yield worker
-            finally:
-                worker.leave()
+    def _start(self, ring_fd: int) -> AbstractContextManager[Worker]:
+        return worker_of(self._library.folder, ring_fd=ring_fd, source=self.source)
 
     @contextmanager
-    def _at_work(self, wishes: dict[str, Any]) -> Iterator[_Worker]:
+    def _at_work(self, wishes: dict[str, Any]) -> Iterator[Worker]:
         """Have a worker for the block, and another one after it to release the VM, where that did not end well."""
-        with ExitStack() as after, self._started(wishes["ring_fd"]) as worker:
+        with ExitStack() as after, self._start(wishes["ring_fd"]) as worker:
             after.callback(self._release, worker, wishes)
             yield worker
 
-    def _release(self, worker: _Worker, wishes: dict[str, Any]) -> None:
+    def _release(self, worker: Worker, wishes: dict[str, Any]) -> None:
         if worker.left_well:
             return
-        with self._started(wishes["ring_fd"]) as another:
+        with self._start(wishes["ring_fd"]) as another:
             another.open(wishes | {"open": False})
         _log.warning("VDDK did not end well source=%r VM released=%s", self.source, another.left_well)
 
@@ -283,7 +233,7 @@ class VddkReader:
     def _ask_what_is_allocated(self) -> tuple[tuple[Extent, ...], str]:
         """Return what is allocated, and in words whether that is known."""
         try:
-            runs = self._worker.allocated(self.size).result(OPEN_TIMEOUT_S)
+            runs = self._worker.allocated(self.size, chunk_bytes=LEAF_BYTES).result(OPEN_TIMEOUT_S)
         except Refused as refused:
             why = self._words(refused)
             _log.warning("everything counts as allocated source=%r reason=%r", self.source, why)
@@ -341,135 +291,6 @@ class VddkReader:
 
     def _failed(self, call: str, words: str) -> VddkFailed:
         return VddkFailed(call=call, source=self.source, words=words, last_lines=self._worker.last_lines())
-
-
-class Refused(Exception):
-    """The worker says that a call failed."""
-
-    def __init__(self, error: dict[str, Any], generation: int) -> None:
-        super().__init__(error)
-        self.call, self.code, self.text = error["call"], error["code"], error["text"]
-        self.generation = generation
-
-
-class _Worker:
-    """Commands to the worker, and its answers as futures, which raise Refused, or VddkCrashed where it ended."""
-
-    def __init__(self, process: subprocess.Popen[bytes], *, source: str) -> None:
-        self._process, self._source = process, source
-        self._waiting: dict[int, Future[Any]] = {}
-        self._runs: list[tuple[int, int]] = []
-        self._number = -1  # of the last command
-        self._lock = threading.Lock()
-        self._gave_up: BaseException | None = None
-        self.left_well = False  # known when it has ended
-        self._said: deque[str] = deque(maxlen=LAST_LINES)
-        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._hear, self._listen)]
-        for thread in self._threads:
-            thread.start()
-
-    def open(self, wishes: dict[str, Any]) -> Future[dict[str, Any]]:
-        """Say what to open; the answer says what it is."""
-        return self._ask(wishes)
-
-    def read(self, request: Extent, slot: int) -> Future[Any]:
-        """Have the bytes of `request` put into a slot of the ring."""
-        start, count = request.start // SECTOR_BYTES, -(-request.length // SECTOR_BYTES)
-        return self._ask({"op": "read", "slot": slot, "start": start, "count": count})
-
-    def allocated(self, size: int) -> Future[list[tuple[int, int]]]:
-        """Ask for the runs of allocated sectors; what is left of a chunk at the end of the disk counts as one."""
-        sectors = size // SECTOR_BYTES
-        return self._ask({"op": "allocated", "chunk": LEAF_BYTES // SECTOR_BYTES, "sectors": sectors})
-
-    def reopen(self, generation: int) -> Future[int]:
-        """Have the disk opened anew, unless its generation is a later one already; the answer is the one it has."""
-        return self._ask({"op": "reopen", "generation": generation})
-
-    def give_up(self, error: BaseException) -> None:
-        """Have all that wait, and will, raise `error`."""
-        with self._lock:
-            self._gave_up = self._gave_up or error
-            waiting, self._waiting = self._waiting, {}
-        for future in waiting.values():
-            future.set_exception(error)
-
-    def leave(self) -> None:
-        """Have the worker close the disk and end; by force, if it does not."""
-        self._write({"op": "close", "id": -1})
-        self._threads[-1].join(LEAVE_TIMEOUT_S)
-        end_group(self._process, close=False)
-        for thread in self._threads:
-            thread.join()
-
-    def last_lines(self) -> tuple[str, ...]:
-        """Return what the library said last."""
-        return tuple(self._said)
-
-    def _ask(self, command: dict[str, Any]) -> Future[Any]:
-        future: Future[Any] = Future()
-        with self._lock:
-            if self._gave_up:
-                future.set_exception(self._gave_up)
-                return future
-            self._number += 1
-            self._waiting[self._number] = future
-            self._write({"id": self._number, **command})
-        return future
-
-    def _write(self, command: dict[str, Any]) -> None:
-        assert self._process.stdin
-        with contextlib.suppress(BrokenPipeError):  # it has ended; who listens to it tells
-            self._process.stdin.write(json.dumps(command).encode() + b"\n")
-            self._process.stdin.flush()
-
-    def _listen(self) -> None:
-        assert self._process.stdout
-        for line in self._process.stdout:
-            self._take(json.loads(line))
-        outcome = _outcome(self._process)
-        self.left_well = outcome == LEFT_WELL
-        self._threads[0].join(LEAVE_TIMEOUT_S)  # for its last words
-        self.give_up(VddkCrashed(source=self._source, outcome=outcome, last_lines=self.last_lines()))
-
-    def _take(self, answer: dict[str, Any]) -> None:
-        if "blocks" in answer:
-            self._runs += answer["blocks"]
-            return
-        with self._lock:
-            future = self._waiting.pop(answer["id"], None)
-        if future is None:
-            return  # nobody waits any more
-        if "error" in answer:
-            future.set_exception(Refused(answer["error"], answer.get("generation", 0)))
-        elif "end" in answer:
-            future.set_result([*self._runs, (answer["end"], LEAF_BYTES // SECTOR_BYTES)])
-        else:
-            future.set_result(answer if "sectors" in answer else answer.get("generation"))
-
-    def _hear(self) -> None:
-        assert self._process.stderr
-        for line in self._process.stderr:
-            text = line.decode(errors="replace").strip()
-            self._said.append(text)
-            _log.debug("vddk: %s", text)
-
-
-def _outcome(process: subprocess.Popen[bytes]) -> str:
-    """Wait for the end of a child, which somebody else reaps, and say how it ended."""
-    try:
-        ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    except ChildProcessError:
-        return "an end that we brought about"
-    assert ended
-    return f"exit status {ended.si_status}" if ended.si_code == os.CLD_EXITED else f"signal {ended.si_status}"
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    """Return the worker's environment."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(NOT_THE_WORKERS)}
-    paths = [str(folder), *filter(None, [ours.get("LD_LIBRARY_PATH")])]
-    return ours | {"LD_LIBRARY_PATH": ":".join(paths), "PYTHONPATH": str(ROOT)}
 
 
 @contextmanager

@@ -8,7 +8,7 @@ The main thread makes every call: InitEx has to be the main thread's, opens, clo
 (Programming Guide, "Multithreading Considerations"). Only the callbacks of ReadAsync come on threads of the library.
 
     {"id": 1, "op": "read", "slot": 0, "start": 0, "count": 4096}     sectors, into a slot of the ring
-    {"id": 2, "op": "allocated", "chunk": 512}                        "blocks" in several answers, the last with "end"
+    {"id": 2, "op": "allocated", "chunk": 512, "sectors": 131072}     "blocks", in several answers, then a "rest"
     {"id": 3, "op": "reopen", "generation": 1}                        unless that has been done since
     {"id": 4, "op": "close"}
 
@@ -215,7 +215,7 @@ class Worker:
         for start in range(0, end, chunk * abi.MAX_CHUNKS):
             found = self._query(start, min(chunk * abi.MAX_CHUNKS, end - start), chunk)
             self.tell(command["id"], blocks=found)
-        self.tell(command["id"], end=end)
+        self.tell(command["id"], rest=(end, chunk))
 
     def _query(self, start: int, count: int, chunk: int) -> list[tuple[int, int]]:
         found = ctypes.POINTER(abi.BlockList)()

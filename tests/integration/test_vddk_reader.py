@@ -32,7 +32,7 @@ from tasks.images.extents import leaf_aligned
 from tasks.images.raw import RawWriter
 from tasks.models import Connection, Extent, Trust, VddkSettings
 from tasks.reader import TransientFault
-from tasks.transports import vddk
+from tasks.transports import vddk, vddk_process
 from tasks.transports.vddk import REQUEST_BYTES, VddkDisk, VddkReader
 from tests.labs import ROOT, VDDK, Lab, running_lab
 from tests.runs import children
@@ -157,7 +157,7 @@ def test_where_what_is_allocated_is_not_told_everything_counts_and_the_reason_sa
 
 
 def test_settings_reach_the_library(lab, disk, caplog):
-    caplog.set_level("DEBUG", logger=vddk.__name__)
+    caplog.set_level("DEBUG", logger=vddk_process.__name__)
     with VddkReader(changed(disk, transport_modes="san:nbd", compression="skipz", large_buffers=True)) as reader:
         assert "transport nbd," in reader.road_reason
     assert "config /" in caplog.text
@@ -250,7 +250,9 @@ def test_a_crash_of_the_library_is_an_error_that_names_it_and_the_vm_is_released
 
 
 def test_a_broken_calling_rule_would_be_seen(disk, tmp_path, monkeypatch):
-    monkeypatch.setattr(vddk, "_environment", lambda _: {**os.environ, "PYTHONPATH": str(ROOT), "LD_LIBRARY_PATH": ""})
+    monkeypatch.setattr(
+        vddk_process, "environment_for", lambda _: {**os.environ, "PYTHONPATH": str(ROOT), "LD_LIBRARY_PATH": ""}
+    )
     with pytest.raises(VddkCrashed, match="signal 6") as caught:
         with VddkReader(disk):
             pass
@@ -292,7 +294,7 @@ def test_a_host_without_memory_for_a_session_is_asked_again_then_named(disk, mon
 
 def test_a_read_that_never_ends_interrupts_the_transfer(disk, monkeypatch):
     monkeypatch.setenv("VIXLAB_STALL_READ", "2")
-    monkeypatch.setattr(vddk, "LEAVE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(vddk_process, "LEAVE_TIMEOUT_S", 0.5)
     with pytest.raises(TransferInterrupted, match="VDDK does not answer"):
         with VddkReader(disk, read_timeout_s=0.5) as reader:
             list(reader.stream(Extent(start=0, length=LEAF_BYTES)))

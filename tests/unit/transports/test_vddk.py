@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from tasks.errors import VddkUnavailable
 from tasks.models import SECTOR_BYTES, Extent
-from tasks.transports import vddk
-from tasks.transports.vddk import LEAF_BYTES, REQUEST_BYTES, SAMPLES, find_library
+from tasks.transports import vddk, vddk_library
+from tasks.transports.vddk import LEAF_BYTES, REQUEST_BYTES, SAMPLES
+from tasks.transports.vddk_library import find_library
 
 
 def a_library(folder: Path, *names: str) -> Path:
@@ -47,7 +48,7 @@ def test_what_is_missing_and_where_it_was_looked_for_is_in_the_error(tmp_path: P
 
 
 def test_without_a_folder_it_is_looked_for_where_it_usually_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vddk, "USUAL_FOLDERS", (tmp_path / "a", tmp_path / "b"))
+    monkeypatch.setattr(vddk_library, "USUAL_FOLDERS", (tmp_path / "a", tmp_path / "b"))
     a_library(tmp_path / "b" / "lib64", "libvixDiskLib.so.7")
     assert find_library(None).root == tmp_path / "b"
 
