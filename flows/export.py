@@ -66,7 +66,8 @@ async def arrived(vcenter: VCenter, job: Job, options: DiskJob, vddk: VddkSettin
         disks = choice.of(there)
         arriving = options.arrival_format
         parts = {disk: DiskFiles(folder, disk.index) for disk in disks}
-        need_space(folder, sum(_sure_to_take(disk, files.part(arriving)) for disk, files in parts.items()))
+        if vddk is None:  # what is allocated, and only that is read, VDDK says later
+            need_space(folder, sum(_sure_to_take(disk, files.part(arriving)) for disk, files in parts.items()))
         left_out = tuple(disk.title for disk in there if disk not in disks)
         chosen = {"selection": choice.words, "left_out": left_out, "vddk": vddk}
         state = job.state(snapshot, disks).model_copy(update=chosen)

@@ -40,6 +40,7 @@ from tests.runs import children
 pytestmark = pytest.mark.live
 
 SIZE = 24 * 1024 * 1024 + 512  # a part of a chunk at the end
+WIDE = 130 * 1024**3 + 512  # more than one call of QueryAllocatedBlocks takes
 QUICK = Limits(attempts=3, first_wait_s=0.001, longest_wait_s=0.002)
 
 
@@ -47,6 +48,7 @@ QUICK = Limits(attempts=3, first_wait_s=0.001, longest_wait_s=0.002)
 def lab() -> Iterator[Lab]:
     disks: list[dict[str, Any]] = [{"size": SIZE, "data": "6MiB"}]
     machines = [{"name": "web", "disks": disks}, {"name": "off", "power": "off", "disks": [{"size": "1MiB"}]}]
+    machines.append({"name": "wide", "power": "off", "disks": [{"size": WIDE, "data": "1MiB"}]})
     site = {"datacenters": [{"name": "DC", "clusters": [{"name": "c", "hosts": ["esx1"]}], "vms": machines}]}
     with running_lab(scenario=site) as lab:
         yield lab
@@ -163,18 +165,27 @@ def test_settings_reach_the_library(lab, disk, caplog):
     assert "config /" in caplog.text
 
 
+def without_a_snapshot(lab: Lab, disk: VddkDisk, name: str) -> VddkDisk:
+    """Return the disk of a VM that is off."""
+    vm = lab.vm(name)
+    where = {name: vm["disks"][0][name] for name in ("datastore_path", "capacity_bytes")}
+    return changed(disk, vm_moref=vm["moref"], snapshot_moref="", **where)
+
+
 def test_a_vm_that_is_off_is_read_without_a_snapshot(lab, disk):
-    off = lab.vm("off")
-    found = changed(
-        disk,
-        vm_moref=off["moref"],
-        snapshot_moref="",
-        datastore_path=off["disks"][0]["datastore_path"],
-        capacity_bytes=1 << 20,
-    )
-    with VddkReader(found) as reader:
+    off = without_a_snapshot(lab, disk, "off")
+    with VddkReader(off) as reader:
         content = b"".join(bytes(buffer) for _, buffer in reader.stream(Extent(start=0, length=1 << 20)))
-    assert hashlib.sha256(content).hexdigest() == lab.sha256(off["moref"], 0)
+    assert hashlib.sha256(content).hexdigest() == lab.sha256(off.vm_moref, 0)
+
+
+def test_what_is_allocated_of_a_wide_disk_is_asked_for_in_several_calls_and_its_tail_counts(lab, disk):
+    lab.post("/stats/reset")
+    with VddkReader(without_a_snapshot(lab, disk, "wide")) as reader:
+        allocated = reader.allocated()
+    assert (allocated[0].start, allocated[-1].end) == (0, WIDE)
+    assert sum(extent.length for extent in allocated) < WIDE / 100
+    assert lab.stats()["http_requests"]["/vixdisklib/allocated"] == 2
 
 
 @pytest.mark.parametrize(
