@@ -78,7 +78,7 @@ def opened(
     """
     if isinstance(source, VddkDisk):
         turn = one_of(VDDK_DISKS_A_HOST, f"vddk-{source.host_name}", stop=stop)
-        with turn, VddkReader(source) as through_vddk:
+        with turn, VddkReader(source, stop=stop) as through_vddk:
             yield through_vddk
         return
     with borrow(source.connection) as session:

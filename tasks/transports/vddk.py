@@ -11,13 +11,14 @@ import mmap
 import os
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TypeVar
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
@@ -31,6 +32,7 @@ from tasks.errors import (
     VddkUnavailable,
 )
 from tasks.models import SECTOR_BYTES, Connection, Extent, Value, VddkSettings
+from tasks.process import Stopped
 from tasks.reader import TransientFault
 from tasks.transports import vixdisklib_abi as abi
 from tasks.transports.vddk_library import find_library
@@ -52,6 +54,10 @@ UNLOCK = (
     "A running VM's disk is read from a snapshot: run without --vs-snapshot-moref, or with one that exists; and see "
     "that the account may read the VM's files"
 )
+
+POLL_S = 0.2
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -77,17 +83,20 @@ class VddkReader:
     """A disk behind VDDK. See `tasks.reader.Reader`; `allocated` says what of it is worth asking for.
 
     Enter it in a thread that lives as long: the worker dies with that one. Entering raises VddkUnavailable,
-    VddkFailed, VddkCrashed, FileLocked, VddkReadsZeros, or what `tasks.tls` raises.
+    VddkFailed, VddkCrashed, FileLocked, VddkReadsZeros, or what `tasks.tls` raises; Stopped, where `stop` is set.
     """
 
     depth = DEPTH
     preferred_extent_bytes = EXTENT_BYTES
     road = "vddk"
 
-    def __init__(self, disk: VddkDisk, *, read_timeout_s: float = READ_TIMEOUT_S) -> None:
+    def __init__(
+        self, disk: VddkDisk, *, stop: threading.Event | None = None, read_timeout_s: float = READ_TIMEOUT_S
+    ) -> None:
         self.size, self.source = disk.capacity_bytes, disk.datastore_path
         self.road_reason = ""
         self._disk, self._read_timeout_s = disk, read_timeout_s
+        self._stop = stop or threading.Event()
         self._own = ExitStack()
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()  # slots of the ring
         self._allocated: tuple[Extent, ...] = ()
@@ -205,7 +214,7 @@ class VddkReader:
     def _opened(self, opening: Future[dict[str, Any]]) -> dict[str, Any]:
         """Wait until the disk is open; return what the worker says of it."""
         try:
-            opened = opening.result(OPEN_TIMEOUT_S)
+            opened = self._result(opening, OPEN_TIMEOUT_S)
         except Refused as refused:
             self._refuse_to_open(refused)
         except TimeoutError as error:
@@ -233,7 +242,7 @@ class VddkReader:
     def _ask_what_is_allocated(self) -> tuple[tuple[Extent, ...], str]:
         """Return what is allocated, and in words whether that is known."""
         try:
-            runs = self._worker.allocated(self.size, chunk_bytes=LEAF_BYTES).result(OPEN_TIMEOUT_S)
+            runs = self._result(self._worker.allocated(self.size, chunk_bytes=LEAF_BYTES), OPEN_TIMEOUT_S)
         except Refused as refused:
             why = self._words(refused)
             _log.warning("everything counts as allocated source=%r reason=%r", self.source, why)
@@ -261,7 +270,7 @@ class VddkReader:
     def _settle(self, request: Extent, reply: Future[Any]) -> None:
         """Wait for a read. Raises TransientFault where the connection was lost: the next one opens the disk anew."""
         try:
-            reply.result(self._read_timeout_s)
+            self._result(reply, self._read_timeout_s)
         except TimeoutError as error:
             why = f"VDDK does not answer for {self._read_timeout_s:.0f} s"
             raise TransferInterrupted(source=self.source, resumable_at=request.start, why=why) from error
@@ -272,13 +281,25 @@ class VddkReader:
             wait_s = MEMORY_WAIT_S if refused.code == abi.OUT_OF_MEMORY else 0.0
             raise TransientFault(self._words(refused), wait_s=wait_s) from refused
 
+    def _result(self, future: Future[T], timeout_s: float) -> T:
+        """Wait for an answer. Raises TimeoutError, Stopped, and what the answer is."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return future.result(min(POLL_S, max(0.0, deadline - time.monotonic())))
+            except TimeoutError:
+                if self._stop.is_set():
+                    raise Stopped from None
+                if time.monotonic() >= deadline:
+                    raise
+
     def _mend(self) -> None:
         """Open the disk anew where its connection was lost, once for all threads. Raises TransientFault."""
         with self._mending:
             if self._lost < self._generation:
                 return
             try:
-                self._generation = self._worker.reopen(self._generation).result(OPEN_TIMEOUT_S)
+                self._generation = self._result(self._worker.reopen(self._generation), OPEN_TIMEOUT_S)
             except TimeoutError as error:
                 why = f"VDDK does not open it again within {OPEN_TIMEOUT_S:.0f} s"
                 raise TransferInterrupted(source=self.source, resumable_at=0, why=why) from error

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from tasks.images.digests import LEAF_BYTES, Digests
 from tasks.images.extents import leaf_aligned
 from tasks.images.raw import RawWriter
 from tasks.models import Connection, Extent, Trust, VddkSettings
+from tasks.process import Stopped
 from tasks.reader import TransientFault
 from tasks.transports import vddk, vddk_process
 from tasks.transports.vddk import REQUEST_BYTES, VddkDisk, VddkReader
@@ -309,6 +311,16 @@ def test_a_read_that_never_ends_interrupts_the_transfer(disk, monkeypatch):
     with pytest.raises(TransferInterrupted, match="VDDK does not answer"):
         with VddkReader(disk, read_timeout_s=0.5) as reader:
             list(reader.stream(Extent(start=0, length=LEAF_BYTES)))
+
+
+def test_who_waits_for_a_disk_to_open_is_stopped(disk, monkeypatch):
+    monkeypatch.setenv("VIXLAB_STALL_OPEN", "1")
+    monkeypatch.setattr(vddk_process, "LEAVE_TIMEOUT_S", 0.5)
+    stop = threading.Event()
+    threading.Timer(0.5, stop.set).start()
+    with pytest.raises(Stopped):
+        with VddkReader(disk, stop=stop):
+            pass
 
 
 def test_an_interrupt_wakes_who_waits(disk, monkeypatch):

@@ -8,6 +8,7 @@
  *   VIXLAB_CRASH_READ=n      the process dies of SIGSEGV at read n
  *   VIXLAB_STALL_READ=n      read n never ends
  *   VIXLAB_FAIL_OPEN=code[:count]     so do the first Opens
+ *   VIXLAB_STALL_OPEN=1      Open never returns
  *   VIXLAB_FAIL_BLOCKS=code  QueryAllocatedBlocks fails
  *   VIXLAB_SHORT_BLOCKS=1    it lists every chunk for itself
  *   VIXLAB_ZERO_READS=1      reads give zeros, as a library does that is too old for its server
@@ -284,6 +285,7 @@ VixError VixDiskLib_Open(VixDiskLibConnection connection, const char *path, uint
   if (!connection->read_only || !(flags & VIXDISKLIB_FLAG_OPEN_READ_ONLY)) return VIX_E_FILE_READ_ONLY;
   if (!strstr(connection->modes, "nbd")) return VIX_E_NOT_SUPPORTED;
   if (strlen(path) > 1000) return VIX_E_INVALID_ARG;
+  while (getenv("VIXLAB_STALL_OPEN")) pause();
   int code = failing("VIXLAB_FAIL_OPEN", ++opens_begun, 1, 0);
   if (code) return code;
   VixDiskLibHandle handle = calloc(1, sizeof *handle);
