@@ -7,9 +7,9 @@ PY := $(VENV)/bin/python
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 
 # qemu-utils: qemu-img and qemu-nbd. util-linux: setpriv, partx. mtools: looks for a boot loader.
-# libvirt-clients: virsh. The rest judges the lab from outside, or draws the UI.
+# libvirt-clients: virsh. gcc, libc6-dev and libssl-dev: the lab's stand-in for VDDK. The rest judges the lab from outside, or draws the UI.
 # Debian's own Python comes without venv, which is a package of its own there.
-APT := qemu-utils util-linux mtools libvirt-clients $(shell python3 -c 'import venv, ensurepip' 2>/dev/null || echo python3-venv)
+APT := qemu-utils util-linux mtools libvirt-clients gcc libc6-dev libssl-dev $(shell python3 -c 'import venv, ensurepip' 2>/dev/null || echo python3-venv)
 APT_TEST := libxml2-utils openssl procps curl e2fsprogs fdisk mount
 # What a boot check needs; chromium draws the UI; GRUB is for guests made here; the rest is a libvirtd of the test's own.
 APT_BOOT := qemu-system-x86 libvirt-daemon-driver-qemu ovmf
@@ -21,7 +21,7 @@ APT_BENCH := nginx-light libnbd-bin nbdkit
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-setup: build/.apt build/.venv build/lab ## system packages, .venv, the lab, Prefect's database
+setup: build/.apt build/.venv build/lab build/vixdisklib/judge ## system packages, .venv, the lab, Prefect's database
 
 setup-test: setup build/.apt-test build/govc build/plain
 
@@ -76,6 +76,21 @@ LAB_SOURCES := $(wildcard tests/lab/*.go tests/lab/go.*)
 build/lab: build/.venv $(LAB_SOURCES)
 	@echo "building the lab"
 	@go=$(GO) && cd tests/lab && $$go build -o ../../build/lab .
+
+# A stand-in for VMware's VDDK, laid out as its distribution is, and a program in C that judges it.
+VIX := tests/lab/vixdisklib
+VIX_LIB := build/vixdisklib/lib64/libvixDiskLib.so
+CC_VIX := gcc -std=gnu11 -O2 -g -Wall -Wextra -Werror
+
+$(VIX_LIB).8: $(wildcard $(VIX)/*) | build/.apt
+	@echo "building a stand-in for VDDK"
+	@mkdir -p $(@D)
+	@$(CC_VIX) -shared -fPIC -fvisibility=hidden \
+	  -Wl,-soname,libvixDiskLib.so.8 -o $@.0.0 $(VIX)/vixdisklib.c $(VIX)/link.c -lssl -lcrypto -lpthread -ldl
+	@ln -sf libvixDiskLib.so.8.0.0 $@ && ln -sf libvixDiskLib.so.8 $(VIX_LIB)
+
+build/vixdisklib/judge: $(VIX)/judge.c $(VIX)/vixdisklib.h $(VIX_LIB).8
+	@$(CC_VIX) -o $@ $< -ldl
 
 build/govc build/plain: build/%: build/.venv tests/lab/%/main.go tests/lab/go.mod
 	@echo "building $*"

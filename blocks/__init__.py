@@ -1,5 +1,6 @@
 """What an operator configures once and keeps secret: Prefect blocks, settings and nothing else."""
 
 from blocks.vcenter import VCenter
+from blocks.vddk import VddkToolkit
 
-__all__ = ["VCenter"]
+__all__ = ["VCenter", "VddkToolkit"]

@@ -9,7 +9,7 @@ from prefect import flow
 from blocks import VCenter
 from flows.export import copy_whole
 from tasks.describe import describe_domain
-from tasks.disks import copyable_disks
+from tasks.disks import Choice, copyable_disks
 from tasks.errors import TrackingOff
 from tasks.images.base import base_of, paired
 from tasks.images.state import discard, write_state
@@ -48,7 +48,7 @@ async def cbt_sync(vcenter: VCenter, options: SyncJob) -> Manifest:
             await enable_tracking(vcenter, job.vm, job.snapshot_name)
         base = base_of(job.folder)
         if base is None:
-            return await copy_whole(vcenter, job, options.first())
+            return await copy_whole(vcenter, job, options.first(), None, Choice())
         return await _brought_up_to_date(vcenter, job, base, options)
 
 
@@ -57,10 +57,10 @@ async def _brought_up_to_date(vcenter: VCenter, job: Job, base: Manifest, option
     vm, folder, name, give_up = job.vm, job.folder, job.snapshot_name, partial(discard, job.folder)
     # Never a snapshot of a run before: from the manifest's changeId on, one of now costs hardly more.
     async with point_in_time(vcenter, vm, options, name=name, before=None, give_up=give_up) as snapshot:
-        disks = await copyable_disks(vcenter, job.server, vm, snapshot)
+        disks = await copyable_disks(vcenter, job.server, vm, snapshot, Choice())
         pairs = paired(folder, base, vm, disks)
-        await probe(vcenter, vm, disks)
         state = job.state(snapshot, disks)
+        await probe(vcenter, state)
         write_state(folder, state)
         skip = options.skip_readback
         calls = [partial(sync_disk, vcenter, state, pair, folder, skip_readback=skip) for pair in pairs]

@@ -12,15 +12,16 @@ from tasks.boot import check_boot, proven
 from tasks.convert import land
 from tasks.define import check_definable, define
 from tasks.describe import describe_domain
-from tasks.disks import copyable_disks
+from tasks.disks import Choice, copyable_disks
 from tasks.images.boot import need_tools
 from tasks.images.files import allocated_bytes
 from tasks.images.output import DiskFiles, give_up, refuse_existing
 from tasks.images.state import JobState, discard, read_state, write_state
 from tasks.job import Job, job_at_work
-from tasks.models import ExportJob, Manifest
+from tasks.models import DiskJob, ExportJob, Manifest, VddkSettings
 from tasks.probe import probe
 from tasks.report import commit, manifest_of
+from tasks.road import vddk_of
 from tasks.snapshot import check_snapshot, drop_snapshot, kept_if_interrupted, point_in_time
 from tasks.steps import check_room, side_by_side
 from tasks.succession import clean_up
@@ -47,11 +48,12 @@ async def export_vm(vcenter: VCenter, options: ExportJob) -> Manifest:
         vcenter: Where the VM is now: a saved vCenter, or a new one through Add.
         options: Which VM to export, where to, and how.
     """
+    vddk = vddk_of(options)
     async with job_at_work(vcenter, options) as job:
         if options.boot_check:
             need_tools(uefi=job.vm.firmware == "efi")
         await check_definable(job.vm, job.folder, options)
-        manifest = await copy_whole(vcenter, job, options)
+        manifest = await copy_whole(vcenter, job, options, vddk, Choice(vddk=vddk is not None))
         if options.boot_check:
             proven(await check_boot(job.folder, options.boot), job.folder)
         if options.define:
@@ -59,30 +61,42 @@ async def export_vm(vcenter: VCenter, options: ExportJob) -> Manifest:
         return manifest
 
 
-async def copy_whole(vcenter: VCenter, job: Job, options: ExportJob) -> Manifest:
-    """Return the manifest of a job of which nothing, or parts only, are here, once every disk is."""
-    state = await _arrived(vcenter, job, options)
+async def copy_whole(
+    vcenter: VCenter, job: Job, options: DiskJob, vddk: VddkSettings | None, choice: Choice
+) -> Manifest:
+    """Return the manifest of a job of which nothing, or parts only, are here, once every disk chosen is."""
+    state = await _arrived(vcenter, job, options, vddk, choice)
     return await _landed(vcenter, state, job.folder, options)
 
 
-async def _arrived(vcenter: VCenter, job: Job, options: ExportJob) -> JobState:
-    """Return the job's state once every disk lies here as a part, copied now or by an earlier run."""
+async def _arrived(vcenter: VCenter, job: Job, options: DiskJob, vddk: VddkSettings | None, choice: Choice) -> JobState:
+    """Return the job's state once every disk chosen lies here as a part, copied now or by an earlier run."""
     vm, folder, name = job.vm, job.folder, job.snapshot_name
     state = read_state(folder)
+    if state and state.disks and state.selection != choice.words:  # other disks were wanted then
+        discard(folder)
+        state = None
     refuse_existing(folder, state)
     if state and state.all_arrived:
         await drop_snapshot(vcenter, vm, name)
         return state
     before, forget = state.snapshot if state else None, partial(discard, folder)
     async with point_in_time(vcenter, vm, options, name=name, before=before, give_up=forget) as snapshot:
-        disks = await copyable_disks(vcenter, job.server, vm, snapshot)
-        arriving = options.arrival_format
+        there = await copyable_disks(vcenter, job.server, vm, snapshot, choice)
+        disks, arriving = choice.of(there), options.arrival_format
         parts = {disk: DiskFiles(folder, disk.index) for disk in disks}
         room = {disk: disk.capacity_bytes - allocated_bytes(files.part(arriving)) for disk, files in parts.items()}
-        sure = 0 if options.overcommit else sum(max(0, room[disk]) for disk in disks if not disk.thin)
-        check_room(folder, sure_bytes=sure, most_bytes=sum(max(0, left) for left in room.values()))
-        await probe(vcenter, vm, disks)
-        state = job.state(snapshot, disks)
+        # what is allocated, and only that is read, VDDK says later
+        sure = [] if options.overcommit or vddk else [disk for disk in disks if not disk.thin]
+        check_room(
+            folder,
+            sure_bytes=sum(max(0, room[disk]) for disk in sure),
+            most_bytes=sum(max(0, left) for left in room.values()),
+        )
+        left_out = tuple(disk.title for disk in there if disk not in disks)
+        chosen = {"selection": choice.words, "left_out": left_out, "vddk": vddk}
+        state = job.state(snapshot, disks).model_copy(update=chosen)
+        await probe(vcenter, state)
         write_state(folder, state)
         calls = [partial(transfer, vcenter, state, disk, files, arriving) for disk, files in parts.items()]
         arrivals = await side_by_side(calls, at_once=options.parallel_disks)
@@ -92,7 +106,7 @@ async def _arrived(vcenter: VCenter, job: Job, options: ExportJob) -> JobState:
     return state
 
 
-async def _landed(vcenter: VCenter, state: JobState, folder: Path, options: ExportJob) -> Manifest:
+async def _landed(vcenter: VCenter, state: JobState, folder: Path, options: DiskJob) -> Manifest:
     """Return the manifest of a job whose disks have arrived, once they have their final names."""
     calls = [partial(land, state.vm, each, DiskFiles(folder, each.disk.index), options) for each in state.arrivals]
     with kept_if_interrupted(partial(give_up, folder)):

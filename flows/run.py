@@ -11,7 +11,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 import prefect
@@ -19,8 +20,11 @@ from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from tasks.errors import PrefectUnreachable
-from tasks.models import DownloadJob, ExportJob, JobOptions, SyncJob
+from tasks.models import DownloadJob, ExportJob, ExportOptions, JobOptions, SyncJob, VddkJob
 from tasks.process import dying_with_us
+
+if TYPE_CHECKING:
+    from blocks import VCenter
 
 START_TIMEOUT_S = 90  # Prefect's own default of 20 s is too short for a first run, which migrates the database
 ANSWER_TIMEOUT_S = 10.0
@@ -28,18 +32,24 @@ ANSWER_TIMEOUT_S = 10.0
 T = TypeVar("T")
 
 
-def flow_of(job: JobOptions) -> Callable[..., Awaitable[Any]]:
-    """Return the flow whose options `job` is."""
+def flow_of(options: ExportOptions, vcenter: VCenter) -> Callable[[], Awaitable[Any]]:
+    """Return the flow of the mode that the options name, ready to be called. Raises NotBuilt, InvalidInput."""
+    from blocks import VddkToolkit
     from flows.cbt_sync import cbt_sync
     from flows.download_only import download_only
     from flows.export import export_vm
+    from flows.vddk_download import vddk_download
 
+    job = options.job()
+    if isinstance(job, VddkJob):
+        toolkit = VddkToolkit(libdir=options.vddk_libdir)
+        return partial(vddk_download, vcenter=vcenter, toolkit=toolkit, options=job)
     flows: dict[type[JobOptions], Callable[..., Awaitable[Any]]] = {
         ExportJob: export_vm,
         DownloadJob: download_only,
         SyncJob: cbt_sync,
     }
-    return flows[type(job)]
+    return partial(flows[type(job)], vcenter=vcenter, options=job)
 
 
 async def run_flow(flow: Callable[..., Awaitable[T]], *, say: Callable[[str], None], **parameters: Any) -> T:

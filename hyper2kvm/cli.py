@@ -42,8 +42,8 @@ from tasks.models import (
 )
 from tasks.text import one_line
 
-LATER_ACTIONS = ("vddk-export", "preflight")
-MODES = {"export-vm": "export", "download-vm": "download_only", "cbt-sync": "cbt_sync"}
+LATER_ACTIONS = ("preflight",)
+MODES = {"export-vm": "export", "download-vm": "download_only", "vddk-export": "vddk_download", "cbt-sync": "cbt_sync"}
 ACTIONS = (*MODES, "verify", "boot-check", "list-vms")
 STOPPING = "Stopping: the transfer ends, then the snapshot is removed"
 INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
@@ -111,9 +111,11 @@ def vsphere(
     sample: int = 64,
     seed: int = 0,
     enable_cbt: Annotated[bool, Parameter(negative=())] = False,
+    vddk_libdir: Path | None = None,
+    vddk_disk: str = "",
+    all_disks: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
     debug: Annotated[bool, Parameter(negative=())] = False,
-    vddk_libdir: Annotated[Path | None, Parameter(show=False)] = None,
 ) -> int:
     """Work on the VMs of a vCenter or ESXi host.
 
@@ -123,7 +125,7 @@ def vsphere(
         With list-vms: a pattern, only VMs whose name or inventory path matches. With verify and boot-check: the folder
         of a copy.
     vs_action
-        export-vm, download-vm, cbt-sync, verify, boot-check or list-vms.
+        export-vm, download-vm, vddk-export, cbt-sync, verify, boot-check or list-vms.
     vcenter
         Name or address; host:port is understood. boot-check needs none, verify only with --against-source.
     username
@@ -147,7 +149,7 @@ def vsphere(
     compression
         Of qcow2, in a second pass: none, zstd or zlib.
     transport
-        Road of the disks' bytes: auto or folder.
+        Road of the disks' bytes: auto, folder or vddk.
     limit_rate
         Bytes a second that the whole run takes at most, such as 60MiB.
     overcommit
@@ -204,6 +206,12 @@ def vsphere(
         With --against-source: of the sample, to read the same one again; 0 is another each time.
     enable_cbt
         With cbt-sync: switch changed block tracking on where it is off.
+    vddk_libdir
+        Folder of VMware's unpacked VDDK; looked for where it usually is, if not said.
+    vddk_disk
+        With vddk-export: key, label or number of the disk; else the only one, or the first.
+    all_disks
+        With vddk-export: every disk of the VM.
     json
         Print the result (or the error) as JSON on stdout.
     debug
@@ -237,6 +245,9 @@ def vsphere(
         "boot_expect": boot_expect,
         "boot_accelerator": boot_accelerator,
         "enable_cbt": enable_cbt,
+        "vddk_libdir": vddk_libdir,
+        "disk": vddk_disk,
+        "all_disks": all_disks,
     }
 
     def settings() -> Settings:
@@ -302,13 +313,13 @@ def _list(glob: str, settings: Settings, *, json: bool) -> int:
 
 
 def _run_mode(options: ExportOptions, settings: Settings, *, json: bool) -> int:
-    job = options.job()
+    job = options.job()  # what cannot be done is refused before anything is loaded
     started = time.monotonic()
 
     def flow() -> FlowCall[Manifest | DownloadManifest]:
         from flows.run import flow_of
 
-        return partial(flow_of(job), vcenter=settings.vcenter(), options=job)
+        return flow_of(options, settings.vcenter())
 
     manifest = _shown(flow)
     if json:

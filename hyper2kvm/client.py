@@ -57,8 +57,8 @@ class VMwareClient:
 
         A mode or transport that is not built yet is refused with NotBuilt before anything is connected.
         """
-        job = options.job()
-        return await run_flow(flow_of(job), say=log.info, vcenter=self._settings.vcenter(), options=job)
+        manifest: Manifest | DownloadManifest = await run_flow(flow_of(options, self._settings.vcenter()), say=log.info)
+        return manifest
 
     def export_vm(self, options: ExportOptions) -> Manifest | DownloadManifest:
         """The same, blocking."""

@@ -15,27 +15,27 @@ from tasks.images import qemu
 from tasks.images.digests import Digests
 from tasks.images.output import DiskFiles
 from tasks.images.verify import verify
-from tasks.models import Arrival, DiskImage, ExportJob, ImageFormat, ReadBack, VirtualMachine
+from tasks.models import Arrival, DiskImage, DiskJob, ImageFormat, ReadBack, VirtualMachine
 from tasks.steps import Meter, in_thread, metered
 
 
-async def land(vm: VirtualMachine, arrived: Arrival, files: DiskFiles, options: ExportJob) -> DiskImage:
+async def land(vm: VirtualMachine, arrived: Arrival, files: DiskFiles, options: DiskJob) -> DiskImage:
     """See that an arrived disk is an image of the format asked for, and verified; it stays under its `.part` name.
 
     An image that a killed run had given its final name already is adopted, if it is what arrived.
     Raises IntegrityMismatch, ToolFailed, DiskFull, InvalidInput.
     """
-    _refuse_another_format(files, options.format)
-    converted = (arrived.format, "none") != (options.format, options.compression)
-    adopted = files.final(options.format).exists()
+    _refuse_another_format(files, options.image_format)
+    converted = (arrived.format, "none") != (options.image_format, options.image_compression)
+    adopted = files.final(options.image_format).exists()
     if not adopted and converted:
         await convert(vm, arrived, files, options)
     elif not adopted:
         _say_skipped(arrived)
-    image = files.image(options.format, converted=converted)
+    image = files.image(options.image_format, converted=converted)
     skip = options.skip_readback and not adopted
-    verified = await read_back(vm, arrived, image, files.sidecar, options.format, skip=skip)
-    return _image(arrived, options.format, verified, converted=converted)
+    verified = await read_back(vm, arrived, image, files.sidecar, options.image_format, skip=skip)
+    return _image(arrived, options.image_format, verified, converted=converted)
 
 
 def _refuse_another_format(files: DiskFiles, wanted: ImageFormat) -> None:
@@ -54,7 +54,7 @@ def _say_skipped(arrived: Arrival) -> None:
 
 
 @task(name="convert", task_run_name="convert {vm.name} disk {arrived.disk.index}", cache_policy=NO_CACHE)
-async def convert(vm: VirtualMachine, arrived: Arrival, files: DiskFiles, options: ExportJob) -> None:
+async def convert(vm: VirtualMachine, arrived: Arrival, files: DiskFiles, options: DiskJob) -> None:
     """Make the image asked for of the part that arrived, sparse where that is."""
     stop, disk = threading.Event(), arrived.disk
     label, key = f"convert {vm.name} disk {disk.index}", f"convert-{vm.moref}-disk-{disk.index}"
@@ -65,8 +65,8 @@ async def convert(vm: VirtualMachine, arrived: Arrival, files: DiskFiles, option
             files.part(arrived.format),
             files.converted,
             source_format=arrived.format,
-            target_format=options.format,
-            compression=options.compression,
+            target_format=options.image_format,
+            compression=options.image_compression,
             progress=meter.percent,
             stop=stop,
         )

@@ -15,16 +15,16 @@ from tasks.images import domain as libvirt
 from tasks.images.esp import LOADER, has_fallback_loader
 from tasks.images.output import DiskFiles
 from tasks.images.state import JobState
-from tasks.models import DiskImage, Domain, ExportJob
+from tasks.models import DiskImage, DiskJob, Domain
 from tasks.steps import in_thread
 
 
 @task(name="describe", task_run_name="describe {state.vm.name}", cache_policy=NO_CACHE)
 async def describe_domain(
-    state: JobState, images: Sequence[DiskImage], folder: Path, options: ExportJob
+    state: JobState, images: Sequence[DiskImage], folder: Path, options: DiskJob
 ) -> tuple[Domain | None, str]:
-    """Return what the domain is and its XML; (None, "") where libvirt has no disks of the images' format."""
-    if options.format in libvirt.UNKNOWN_FORMATS:
+    """Return what the domain is and its XML; (None, "") for a format unknown to libvirt, or for some disks only."""
+    if options.image_format in libvirt.UNKNOWN_FORMATS or state.left_out:
         return None, ""
     domain, xml = libvirt.describe(state.vm, images, folder, options.networks)
     more = [line async for line in _left_behind(state, images, folder)]

@@ -9,53 +9,83 @@ from prefect.context import TaskRunContext
 from prefect.logging import get_run_logger
 
 from blocks import VCenter
-from tasks.errors import UnsupportedDisk
-from tasks.models import Snapshot, VCenterInfo, VirtualDisk, VirtualMachine
+from tasks.errors import InvalidInput, UnsupportedDisk
+from tasks.models import Snapshot, Value, VCenterInfo, VirtualDisk, VirtualMachine
 from tasks.steps import on_vcenter
 from tasks.vsphere.disks import powered_off_disks, snapshot_disks
 
 FLAT = "FlatVer2BackingInfo"
-REDO_LOG_ROADS = "The roads vddk, nfc_block and nfc_lease, not built yet, will read it"
-OTHER_ROADS = "The roads vddk and nfc_lease, not built yet, will read it"
+OTHER_ROADS = "The road vddk reads it (--transport vddk, with VMware's VDDK)"
 
 
 async def copyable_disks(
-    vcenter: VCenter, server: VCenterInfo, vm: VirtualMachine, snapshot: Snapshot | None
+    vcenter: VCenter, server: VCenterInfo, vm: VirtualMachine, snapshot: Snapshot | None, choice: Choice
 ) -> tuple[VirtualDisk, ...]:
     """Return every disk of a snapshot (None: of a VM that is off), in the device list's order.
 
-    Raises UnsupportedDisk for the first that cannot be copied.
+    Raises UnsupportedDisk for the first chosen one that cannot be copied, InvalidInput where there is none to choose.
     """
     if snapshot:
         disks = await enumerate_disks(vcenter, server, snapshot)
     else:
         disks = await on_vcenter(vcenter, powered_off_disks, vm)
-    quiesced = bool(snapshot and snapshot.quiesced)
-    for disk in disks:
-        check_copyable(disk, quiesced=quiesced)
     if not disks:
         raise UnsupportedDisk(disk="The VM", reason="it has no disk", remedy="There is nothing to export")
+    quiesced = bool(snapshot and snapshot.quiesced)
+    for disk in choice.of(disks):
+        check_copyable(disk, quiesced=quiesced, vddk=choice.vddk)
     return disks
 
 
-def check_copyable(disk: VirtualDisk, *, quiesced: bool = False) -> None:
-    """Raise UnsupportedDisk, with the remedy, for a disk that the road `folder` cannot copy.
+class Choice(Value):
+    """Which of a VM's disks are copied, and whether through VDDK. wanted: key, label or number; "": the first."""
+
+    wanted: str = ""
+    all: bool = True
+    vddk: bool = False
+
+    @property
+    def words(self) -> str:
+        """What a job's state says of it; "" for all."""
+        return "" if self.all else f"disk {self.wanted}" if self.wanted else "the first disk"
+
+    def of(self, disks: tuple[VirtualDisk, ...]) -> tuple[VirtualDisk, ...]:
+        """Return those of `disks` that are meant. Raises InvalidInput, saying what there is instead."""
+        if self.all:
+            return disks
+        if not self.wanted:
+            return disks[:1]
+        for names in (lambda disk: str(disk.key), lambda disk: disk.label.casefold(), lambda disk: str(disk.index)):
+            if found := tuple(disk for disk in disks if names(disk) == self.wanted.casefold()):
+                return found
+        there = "; ".join(f"{disk.index}: {disk.label}, key {disk.key}" for disk in disks)
+        raise InvalidInput(
+            what=f"disk {self.wanted!r}",
+            why="the VM has no disk of that key, label or number",
+            remedy=f"It has {there}",
+        )
+
+
+def check_copyable(disk: VirtualDisk, *, quiesced: bool = False, vddk: bool = False) -> None:
+    """Raise UnsupportedDisk, with the remedy, for a disk that the road cannot copy: `folder`, or with `vddk` that.
 
     quiesced: whether its snapshot is, which on Windows (VSS) puts a second redo log above the frozen disk.
     """
     if disk.problem:
         raise UnsupportedDisk(disk=disk.title, reason=disk.problem, remedy=disk.remedy)
+    if vddk:
+        return
     if disk.parents and quiesced:
         raise UnsupportedDisk(
             disk=disk.title,
             reason="quiescing the guest left a second redo log in its snapshot (VSS), and the road folder reads flat "
-            f"files only. {REDO_LOG_ROADS}",
+            f"files only. {OTHER_ROADS}",
             remedy="Run again without --quiesce, for a crash-consistent copy",
         )
     if disk.parents:
         raise UnsupportedDisk(
             disk=disk.title,
-            reason=f"its snapshot is a chain of redo logs, and the road folder reads flat files only. {REDO_LOG_ROADS}",
+            reason=f"its snapshot is a chain of redo logs, and the road folder reads flat files only. {OTHER_ROADS}",
             remedy="Copy from the VM's oldest snapshot (--vs-snapshot-moref), or remove its snapshots in vSphere",
         )
     if disk.object_id or disk.backing != FLAT:

@@ -25,6 +25,11 @@
     ├── FileLocked
     ├── FileMissing                  a file that the VM's configuration names, or that was there a moment ago
     ├── FileUnfit                    a file of the VM whose name or size cannot be taken as it is
+    ├── VddkUnavailable              no usable VDDK where we looked
+    ├── VddkFailed                   a call of VDDK failed: which, and what its error code means
+    │   ├── VddkOutOfMemory          as a rule the ESXi host, for NFC sessions
+    │   ├── VddkCrashed              the process in which it runs ended by itself
+    │   └── VddkReadsZeros           it is too old for the server: what is allocated reads as zeros
     ├── TransferInterrupted          the source stopped answering; what arrived is kept
     ├── IntegrityMismatch            what was written is not what was read
     ├── JobLocked                    another run of the same job is at work
@@ -244,6 +249,45 @@ class FileUnfit(Hyper2KvmError):
     """{path} cannot be downloaded: {reason}"""
 
     remedy = "{remedy}"
+
+
+class VddkUnavailable(Hyper2KvmError):
+    """VDDK cannot be used: {missing}; looked in {looked_in}"""
+
+    remedy = (
+        "Give the folder of VMware's unpacked vmware-vix-disklib-distrib (--vddk-libdir): of version 6 or 7 for "
+        "vSphere 6.5 and newer, 8 for 6.7, 9 for 7.0; or take another road (--transport folder)"
+    )
+
+
+class VddkFailed(Hyper2KvmError):
+    """VDDK's {call} failed for {source}: {words}"""
+
+    remedy = "Mend what it says and run again, or take another road (--transport folder)"
+
+
+class VddkOutOfMemory(VddkFailed):
+    """VDDK's {call} failed for {source}: {words}"""
+
+    remedy = "Copy fewer disks of that ESXi host at once (--parallel-disks), then run again"
+
+
+class VddkCrashed(VddkFailed):
+    """VDDK's process ended by itself at {source}, with {outcome}"""
+
+    remedy = (
+        "Try another version of VDDK that serves your vSphere, or take another road (--transport folder); what the "
+        "library said last is below"
+    )
+
+
+class VddkReadsZeros(VddkFailed):
+    """VDDK {version} reads nothing but zeros from {source}, at {count} places that the server calls allocated"""
+
+    remedy = (
+        "A library too old for its server does that: take a newer one. Where the disk really is empty, take another "
+        "road (--transport folder)"
+    )
 
 
 class TransferInterrupted(Hyper2KvmError):

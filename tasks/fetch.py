@@ -1,21 +1,27 @@
-"""One file of a datastore, by the road `folder`, into a raw part with digests and journal; for any mode."""
+"""One disk or file, by its road, into a part with digests and journal; for any mode."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 from tasks.images.copy import CopyResult, Limits, copy
+from tasks.images.extents import leaf_aligned, within
 from tasks.images.layout import DiskFiles
 from tasks.images.target import open_target
 from tasks.models import ArrivalFormat
 from tasks.rate import RATE
+from tasks.slots import one_of
 from tasks.steps import Meter
 from tasks.transports.bulk import Shared
 from tasks.transports.folder import FolderDisk, FolderReader
+from tasks.transports.vddk import VddkDisk, VddkReader
 from tasks.vsphere import tickets
 from tasks.vsphere.session import Session, borrow
+
+VDDK_DISKS_A_HOST = 10  # the NFC memory of an ESXi host is for some 50 sessions, and others want some
 
 
 class Fetched(CopyResult):
@@ -26,7 +32,7 @@ class Fetched(CopyResult):
 
 
 def fetch(
-    source: FolderDisk,
+    source: FolderDisk | VddkDisk,
     files: DiskFiles,
     *,
     binding: Mapping[str, str | int],
@@ -37,17 +43,20 @@ def fetch(
     """Copy what is missing of `source` into the part of `files` in `format`; what an earlier run left is gone on with.
 
     binding: what the bytes are of, down to the point in time. Borrows the process's session, keeps to the run's rate.
-    Raises what `copy`, `open_target` and entering a `FolderReader` raise.
+    Where the reader knows what is allocated, nothing else is asked for: a target that began empty reads as zeros there.
+    Raises what `copy`, `open_target` and entering the reader raise.
     """
     with (
-        borrow(source.connection) as session,
-        reader_of(source, session) as reader,
+        opened(source, stop=stop) as reader,
         open_target(files, size=reader.size, binding=binding, format=format, stop=stop) as target,
     ):
-        meter.expect(sum(extent.length for extent in target.missing))
+        wanted = target.missing
+        if isinstance(reader, VddkReader):
+            wanted = within(wanted, leaf_aligned(reader.allocated(), size=reader.size))
+        meter.expect(sum(extent.length for extent in wanted))
         result = copy(
             reader,
-            target.missing,
+            wanted,
             target.writer,
             digests=target.digests,
             journal=target.journal,
@@ -57,6 +66,25 @@ def fetch(
             limits=Limits(threads=reader.depth),
         )
         return Fetched(**result.model_dump(), road=reader.road, road_reason=reader.road_reason)
+
+
+@contextmanager
+def opened(
+    source: FolderDisk | VddkDisk, *, stop: threading.Event, probing: bool = False
+) -> Iterator[FolderReader | VddkReader]:
+    """Yield an entered reader of `source`. probing: it is only to be seen whether it can be read.
+
+    Through VDDK it waits its turn, where many disks of that ESXi host are open on this machine.
+    """
+    if isinstance(source, VddkDisk):
+        turn = one_of(VDDK_DISKS_A_HOST, f"vddk-{source.host_name}", stop=stop)
+        with turn, VddkReader(source, stop=stop) as through_vddk:
+            yield through_vddk
+        return
+    with borrow(source.connection) as session:
+        depth = 1 if probing else None
+        with reader_of(source, session, depth=depth, by_ticket=not probing) as reader:
+            yield reader
 
 
 def reader_of(

@@ -112,6 +112,24 @@ def split_address(text: str) -> tuple[str, int | None]:
     )
 
 
+VDDK_TRANSPORT_MODES = "nbdssl:nbd:hotadd:san"
+VddkCompression = Literal["none", "zlib", "fastlz", "skipz"]
+
+
+class VddkSettings(Value):
+    """Where VMware's VDDK lies here, and how it is to read.
+
+    libdir: its distribution's root, or the folder of its libraries; None: looked for where it usually is.
+    transport_modes: tried in that order. compression: of what goes over the network. large_buffers: sixteen times
+    64 KiB, four of them, for each session with a host.
+    """
+
+    libdir: Path | None = None
+    transport_modes: str = VDDK_TRANSPORT_MODES
+    compression: VddkCompression = "none"
+    large_buffers: bool = False
+
+
 class ServiceTicket(Value):
     """What opens one URL by one method, once, at an ESXi host whose certificate has `thumbprint` (None: not said)."""
 
@@ -467,14 +485,16 @@ class ExportTransport(StrEnum):
 
     auto = "auto"
     folder = "folder"
+    vddk = "vddk"
 
 
 EXPORT_MODES = ("export", "download_only", "cbt_sync")
 
 SLOWEST_BYTES_PER_S = 64 * 1024
 
-OptionalText = Annotated[str, BeforeValidator(lambda value: value or "")]
-"""Text that may be left out. None is read as "": a field `str | None` becomes two tabs, "str" and "None", in a form."""
+OptionalText = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value or "")]
+"""Text that may be left out, or a path as text. None is read as "": a field `str | None` becomes two tabs, "str" and
+"None", in a form."""
 
 
 def _bytes_of(rate: str) -> int:
@@ -597,31 +617,13 @@ class BootJob(BaseModel):
     )
 
 
-class ExportJob(JobOptions):
-    """Which VM to export, where to, and how."""
+class DiskJob(JobOptions):
+    """How the disks of a VM are frozen, copied and checked, in every mode that makes images of them.
 
-    # The form that the Prefect UI shows is made of this; it shows neither examples nor comments.
+    image_format, image_compression: of the images; arrival_format: in which the bytes are written as they arrive.
+    chains: whether the road reads what lies in chains of redo logs, not in flat files alone.
+    """
 
-    format: ImageFormat = Field(
-        default="qcow2",
-        title="Image format",
-        description="qcow2 (thin, what libvirt prefers) or raw (sparse file), written as the bytes arrive; vmdk, vdi "
-        "and vhdx are converted from raw afterwards, which takes room for both.",
-        examples=["qcow2"],
-    )
-    compression: Compression = Field(
-        default="none",
-        title="Compression",
-        description="Of qcow2, in a second pass over what arrived, which takes room for both: zstd (QEMU 5.1 or newer) "
-        "or zlib. none: written in one pass.",
-        examples=["none"],
-    )
-    transport: ExportTransport = Field(
-        default=ExportTransport.auto,
-        title="Transport",
-        description="The road that the disks' bytes take. auto takes the best one that works, and says which.",
-        examples=["auto"],
-    )
     quiesce: bool = Field(
         default=False,
         title="Quiesce the guest",
@@ -664,6 +666,77 @@ class ExportJob(JobOptions):
         examples=[["VM Network:lan"]],
     )
 
+    @property
+    def networks(self) -> dict[str, str]:
+        """libvirt's networks by vSphere's."""
+        return dict(split_network(each) for each in self.network_map)
+
+    @field_validator("network_map")
+    @classmethod
+    def _maps_networks(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        for each in entries:
+            split_network(each)
+        return entries
+
+    @field_validator("output_dir")
+    @classmethod
+    def _fits_xml(cls, folder: Path) -> Path:
+        if for_xml(str(folder)) != str(folder):
+            raise ValueError(
+                f"domain.xml cannot name images in {str(folder)!r}: choose a folder without such characters"
+            )
+        return folder
+
+    @property
+    def image_format(self) -> ImageFormat:
+        return "raw"
+
+    @property
+    def image_compression(self) -> Compression:
+        return "none"
+
+    @property
+    def arrival_format(self) -> ArrivalFormat:
+        return "raw"
+
+    @property
+    def chains(self) -> bool:
+        return True
+
+
+class ExportJob(DiskJob):
+    """Which VM to export, where to, and how."""
+
+    # The form that the Prefect UI shows is made of this; it shows neither examples nor comments.
+
+    format: ImageFormat = Field(
+        default="qcow2",
+        title="Image format",
+        description="qcow2 (thin, what libvirt prefers) or raw (sparse file), written as the bytes arrive; vmdk, vdi "
+        "and vhdx are converted from raw afterwards, which takes room for both.",
+        examples=["qcow2"],
+    )
+    compression: Compression = Field(
+        default="none",
+        title="Compression",
+        description="Of qcow2, in a second pass over what arrived, which takes room for both: zstd (QEMU 5.1 or newer) "
+        "or zlib. none: written in one pass.",
+        examples=["none"],
+    )
+    transport: ExportTransport = Field(
+        default=ExportTransport.auto,
+        title="Transport",
+        description="The road that the disks' bytes take. auto takes the best one that works, and says which.",
+        examples=["auto"],
+    )
+    vddk_libdir: OptionalText = Field(
+        default="",
+        title="VDDK folder",
+        description="With the transport vddk: VMware's unpacked vmware-vix-disklib-distrib on the worker's machine. "
+        "Empty: looked for where it usually is.",
+        examples=["/usr/lib/vmware-vix-disklib"],
+    )
+
     define: bool = Field(
         default=False,
         title="Define in libvirt",
@@ -685,19 +758,6 @@ class ExportJob(JobOptions):
         "addresses and identity twice.",
         examples=[False],
     )
-
-    @property
-    def networks(self) -> dict[str, str]:
-        """libvirt's networks by vSphere's."""
-        return dict(split_network(each) for each in self.network_map)
-
-    @field_validator("network_map")
-    @classmethod
-    def _maps_networks(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
-        for each in entries:
-            split_network(each)
-        return entries
-
     boot_check: bool = Field(
         default=False,
         title="Check that it boots",
@@ -713,18 +773,21 @@ class ExportJob(JobOptions):
     )
 
     @property
+    def image_format(self) -> ImageFormat:
+        return self.format
+
+    @property
+    def image_compression(self) -> Compression:
+        return self.compression
+
+    @property
     def arrival_format(self) -> ArrivalFormat:
-        """The format in which disks arrive: the one asked for, where one pass can write that."""
+        """The one asked for, where one pass can write that."""
         return "qcow2" if self.format == "qcow2" and self.compression == "none" else "raw"
 
-    @field_validator("output_dir")
-    @classmethod
-    def _fits_xml(cls, folder: Path) -> Path:
-        if for_xml(str(folder)) != str(folder):
-            raise ValueError(
-                f"domain.xml cannot name images in {str(folder)!r}: choose a folder without such characters"
-            )
-        return folder
+    @property
+    def chains(self) -> bool:
+        return self.transport is ExportTransport.vddk
 
     @model_validator(mode="after")
     def _definable(self) -> Self:
@@ -738,6 +801,25 @@ class ExportJob(JobOptions):
             raise ValueError(f"compression {self.compression} is of qcow2 images, and the format is {self.format}")
         if self.boot_check and self.format == "vhdx":
             raise ValueError("libvirt starts nothing from vhdx, so there is no boot to check")
+        return self
+
+
+class VddkJob(DiskJob):
+    """Which disk of which VM to read through VDDK, and where to: raw, not converted."""
+
+    disk: OptionalText = Field(
+        default="",
+        title="Disk",
+        description="Key (2000), label (Hard disk 1) or number (0, in the order of the VM's device list). Empty: the "
+        "only one, or the first of several, and the report says so.",
+        examples=["Hard disk 1"],
+    )
+    all_disks: bool = Field(default=False, title="All disks", description="Read every disk of the VM.", examples=[True])
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if self.disk and self.all_disks:
+            raise ValueError(f"all disks and disk {self.disk} exclude each other")
         return self
 
 
@@ -873,6 +955,10 @@ class SyncJob(JobOptions):
         """None that exists: each run takes its own."""
         return ""
 
+    @property
+    def chains(self) -> bool:
+        return False
+
     def first(self) -> ExportJob:
         """Return the export that makes the first copy."""
         return ExportJob(**self.model_dump(exclude={"enable_cbt"}))
@@ -884,6 +970,10 @@ class SnapshotWishes(Value):
     snapshot_moref: str = ""
     quiesce: bool = False
     allow_crash_consistent: bool = False
+    chains: bool = False
+
+
+MODES = ("export", "download_only", "vddk_download")
 
 
 class ExportOptions(BaseModel):
@@ -895,7 +985,7 @@ class ExportOptions(BaseModel):
     output_dir: Path
     export_mode: str = "export"
     transport: str = "auto"
-    vddk_libdir: Path | None = None
+    vddk_libdir: OptionalText = ""
     limit_rate: str = ""
     overcommit: bool = False
     format: str | None = None
@@ -920,6 +1010,8 @@ class ExportOptions(BaseModel):
     boot_expect: str = ""
     boot_accelerator: str = "auto"
     enable_cbt: bool = False
+    disk: str = ""
+    all_disks: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -929,7 +1021,7 @@ class ExportOptions(BaseModel):
             raise NotBuilt(what=f"the option {', '.join(unknown)}", instead=f"one of {', '.join(cls.model_fields)}")
         return values
 
-    def job(self) -> ExportJob | DownloadJob | SyncJob:
+    def job(self) -> ExportJob | DownloadJob | SyncJob | VddkJob:
         """Return the mode's options; raise NotBuilt for a mode or transport of the source that is not built yet."""
         if self.export_mode not in EXPORT_MODES:
             raise NotBuilt(what=f"the export mode {self.export_mode!r}", instead=" or ".join(map(repr, EXPORT_MODES)))
@@ -939,14 +1031,16 @@ class ExportOptions(BaseModel):
             )
         if self.export_mode == "download_only":
             return DownloadJob(concurrency=self.download_only_concurrency, **self._those_of(DownloadJob))
+        if self.export_mode == "vddk_download":
+            return VddkJob(**self._those_of(VddkJob))
+        if self.export_mode == "cbt_sync":
+            return SyncJob(**self._those_of(SyncJob))
         return ExportJob(boot=self.boot(), **self._those_of(ExportJob))
 
     def boot(self) -> BootWishes:
         """Return how a boot check is to be done."""
         wishes = {"timeout_s": self.boot_timeout_s, "expect": self.boot_expect, "accelerator": self.boot_accelerator}
         return BootWishes.model_validate(wishes)
-        if self.export_mode == "cbt_sync":
-            return SyncJob(**self._those_of(SyncJob))
         return ExportJob(**self._those_of(ExportJob))
 
     def _those_of(self, mode: type[JobOptions]) -> dict[str, Any]:

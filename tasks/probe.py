@@ -9,29 +9,30 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from blocks import VCenter
-from tasks.fetch import reader_of
-from tasks.models import Connection, VirtualDisk, VirtualMachine
+from tasks.fetch import opened
+from tasks.images.state import JobState
+from tasks.models import Connection
+from tasks.road import source_of
 from tasks.steps import connection_of, in_thread
-from tasks.transports.folder import FolderDisk
 from tasks.vsphere.session import borrow
 
 
-@task(name="probe", task_run_name="probe {vm.name}", cache_policy=NO_CACHE)
-async def probe(vcenter: VCenter, vm: VirtualMachine, disks: tuple[VirtualDisk, ...]) -> None:
-    """Read one sector of each disk, in order, so that nothing is copied of a VM of which one disk cannot be.
+@task(name="probe", task_run_name="probe {job.vm.name}", cache_policy=NO_CACHE)
+async def probe(vcenter: VCenter, job: JobState) -> None:
+    """Open each disk of a job and read a little, so that nothing is copied of a VM of which one disk cannot be.
 
-    Raises FileLocked, UnsupportedDisk, PermissionMissing, ConnectionFailed for the first that cannot be read.
+    Raises FileLocked, UnsupportedDisk, PermissionMissing, ConnectionFailed, VddkFailed, … for the first that cannot
+    be read.
     """
     stop = threading.Event()
-    await in_thread(_probe, stop, connection_of(vcenter), vm, disks, stop)
-    get_run_logger().info("probed vm=%s disks=%d", vm.moref, len(disks))
+    await in_thread(_probe, stop, connection_of(vcenter), job, stop)
+    get_run_logger().info("probed vm=%s disks=%d", job.vm.moref, len(job.disks))
 
 
-def _probe(connection: Connection, vm: VirtualMachine, disks: tuple[VirtualDisk, ...], stop: threading.Event) -> None:
-    with borrow(connection) as session:
-        for disk in disks:
+def _probe(connection: Connection, job: JobState, stop: threading.Event) -> None:
+    with borrow(connection):
+        for disk in job.disks:
             if stop.is_set():
                 return
-            source = FolderDisk.of(disk, vm=vm, connection=connection)
-            with reader_of(source, session, depth=1, by_ticket=False):
-                pass  # entering reads the sector
+            with opened(source_of(disk, job, connection), stop=stop, probing=True):
+                pass  # entering reads

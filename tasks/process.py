@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO
 
@@ -40,10 +40,16 @@ def dying_with_us(argv: Sequence[str], *, by: str = "KILL") -> list[str]:
 
 @contextmanager
 def child(
-    argv: Sequence[str], *, stdin: int = subprocess.DEVNULL, by: str = "KILL"
+    argv: Sequence[str],
+    *,
+    stdin: int = subprocess.DEVNULL,
+    env: Mapping[str, str] | None = None,
+    pass_fds: Sequence[int] = (),
+    by: str = "KILL",
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run `argv` in its own process group, stdout and stderr piped; at the end of the block the whole group is gone.
 
+    env: its environment; None: ours. pass_fds: files that it inherits.
     It dies with the *thread* that enters the block, by the signal `by`, so enter it in one that lives as long.
     Raises ToolFailed (status 127) where there is no such program.
     """
@@ -54,6 +60,8 @@ def child(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            env=env,
+            pass_fds=pass_fds,
         )
     except FileNotFoundError as error:
         raise ToolFailed(

@@ -44,7 +44,7 @@ def manifest_of(
         domain=domain,
         consistent=True,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        warnings=tuple(_warnings(vcenter, state.snapshot, images, quiesce=quiesce)),
+        warnings=(*_warnings(vcenter, state.snapshot, images, quiesce=quiesce), *_left_out(state)),
     )
 
 
@@ -65,6 +65,11 @@ def _warnings(
     if any(image.verified == "cached" for image in images):
         warnings.append("The images were read back through the page cache: the file system refuses O_DIRECT.")
     return warnings
+
+
+def _left_out(state: JobState) -> list[str]:
+    others = ", ".join(state.left_out)
+    return [f"Copied was {state.selection}, and not: {others}."] if others else []
 
 
 def markdown(manifest: Manifest, folder: Path) -> str:

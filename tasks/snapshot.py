@@ -41,6 +41,9 @@ class Wishes(Protocol):
     @property
     def allow_crash_consistent(self) -> bool: ...
 
+    @property
+    def chains(self) -> bool: ...
+
 
 @asynccontextmanager
 async def point_in_time(
@@ -140,6 +143,7 @@ def _hold(
         description=description,
         quiesce=options.quiesce,
         or_crash_consistent=options.allow_crash_consistent,
+        chains=options.chains,
     )
 
 

@@ -45,12 +45,26 @@ def unverified() -> ssl.SSLContext:
 
 def fetch_certificate(connection: Connection) -> bytes:
     """Return the server's certificate (DER), whatever it is worth. Raises ConnectionFailed."""
+    return _shown(connection, unverified())
+
+
+def believed_certificate(connection: Connection) -> bytes:
+    """Return the server's certificate (DER), after it was verified as `connection` says.
+
+    Raises CertificateUntrusted, ThumbprintMismatch, ConnectionFailed.
+    """
+    return _shown(connection, context_for(connection))
+
+
+def _shown(connection: Connection, context: ssl.SSLContext) -> bytes:
     try:
         with (
             socket.create_connection((connection.host, connection.port), HANDSHAKE_TIMEOUT_S) as plain,
-            unverified().wrap_socket(plain, server_hostname=connection.host) as secure,
+            context.wrap_socket(plain, server_hostname=connection.host) as secure,
         ):
             certificate = secure.getpeercert(binary_form=True)
+    except ssl.SSLCertVerificationError as error:
+        raise untrusted(connection, error) from error
     except OSError as error:
         raise ConnectionFailed(host=connection.address, why=reason(error)) from error
     if not certificate:

@@ -10,12 +10,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from blocks import VCenter
-from tasks.fetch import Fetched, fetch
+from tasks.fetch import fetch
 from tasks.images.output import DiskFiles
 from tasks.images.state import JobState
-from tasks.models import Arrival, ArrivalFormat, Connection, VirtualDisk
-from tasks.steps import Meter, connection_of, in_thread, metered
-from tasks.transports.folder import FolderDisk
+from tasks.models import Arrival, ArrivalFormat, VirtualDisk
+from tasks.road import source_of
+from tasks.steps import connection_of, in_thread, metered
 
 
 @task(name="transfer", task_run_name="transfer {job.vm.name} disk {disk.index}", cache_policy=NO_CACHE)
@@ -30,7 +30,10 @@ async def transfer(
     stop, started = threading.Event(), time.monotonic()
     label, key = f"transfer {job.vm.name} disk {disk.index}", f"transfer-{job.vm.moref}-disk-{disk.index}"
     async with metered(label, disk.capacity_bytes, key=key) as meter:
-        result = await in_thread(_copy, stop, connection_of(vcenter), job, disk, files, arrival_format, meter, stop)
+        source, binding = source_of(disk, job, connection_of(vcenter)), _binding(job, disk)
+        result = await in_thread(
+            fetch, stop, source, files, binding=binding, format=arrival_format, meter=meter, stop=stop
+        )
     seconds = time.monotonic() - started
     get_run_logger().info(
         "transferred vm=%s disk=%d bytes=%d seconds=%.1f road=%s reason=%r",
@@ -45,19 +48,6 @@ async def transfer(
         road_reason=result.road_reason,
         seconds=seconds,
     )
-
-
-def _copy(
-    connection: Connection,
-    job: JobState,
-    disk: VirtualDisk,
-    files: DiskFiles,
-    arrival_format: ArrivalFormat,
-    meter: Meter,
-    stop: threading.Event,
-) -> Fetched:
-    source = FolderDisk.of(disk, vm=job.vm, connection=connection)
-    return fetch(source, files, binding=_binding(job, disk), format=arrival_format, meter=meter, stop=stop)
 
 
 def _binding(job: JobState, disk: VirtualDisk) -> dict[str, str | int]:

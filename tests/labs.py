@@ -19,6 +19,7 @@ import httpx
 ROOT = Path(__file__).resolve().parents[1]
 BINARY = ROOT / "build" / "lab"
 GOVC = ROOT / "build" / "govc"
+VDDK = ROOT / "build" / "vixdisklib"
 PLAIN = ROOT / "build" / "plain"
 START_TIMEOUT_S = 60.0
 

@@ -10,17 +10,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
 
-from blocks import VCenter
+from blocks import VCenter, VddkToolkit
 from flows.download_only import download_only
 from flows.export import export_vm
-from tasks.models import DownloadJob, DownloadManifest, ExportJob, Manifest
-from tests.labs import ROOT, Lab
+from flows.vddk_download import vddk_download as vddk_flow
+from tasks.models import DownloadJob, DownloadManifest, ExportJob, Manifest, VddkJob
+from tests.labs import ROOT, VDDK, Lab
 
 
 def vcenter_of(lab: Lab, **changes: Any) -> VCenter:
@@ -39,6 +40,14 @@ async def export(lab: Lab, output_dir: Path, vm_name: str, *, vcenter: dict[str,
     """Run the export flow in this process; return its manifest, raise what it raises."""
     job = ExportJob(vm_name=vm_name, output_dir=output_dir, **options)
     manifest: Manifest = await export_vm(vcenter=vcenter_of(lab, **(vcenter or {})), options=job)
+    return manifest
+
+
+async def vddk_download(lab: Lab, output_dir: Path, vm_name: str, *, libdir: Path = VDDK, **options: Any) -> Manifest:
+    """Run the flow of VDDK in this process, with the stand-in for it; return its manifest, raise what it raises."""
+    job = VddkJob(vm_name=vm_name, output_dir=output_dir, **options)
+    toolkit = VddkToolkit(libdir=str(libdir))
+    manifest: Manifest = await vddk_flow(vcenter=vcenter_of(lab), toolkit=toolkit, options=job)
     return manifest
 
 
@@ -114,17 +123,20 @@ def assert_equal_to_the_guests_disks(lab: Lab, manifest: Manifest, folder: Path,
 def assert_nothing_left(lab: Lab, children_before: set[int] | None = None) -> None:
     """No snapshot and no session on the lab, no child process and no thread of a transfer here."""
     stats = lab.stats()
-    assert (stats["open_snapshots"], stats["live_sessions"]) == (0, 0), stats
-    busy = [thread.name for thread in threading.enumerate() if thread.name.startswith(("_copy", "_verify", "vcenter"))]
-    assert not [name for name in busy if name.startswith(("_copy", "_verify"))], busy
+    assert (stats["open_snapshots"], stats["live_sessions"], stats["vddk_prepared"]) == (0, 0, 0), stats
+    busy = [thread.name for thread in threading.enumerate() if thread.name.startswith(("fetch", "_verify", "vcenter"))]
+    assert not [name for name in busy if name.startswith(("fetch", "_verify"))], busy
     if children_before is not None:
         assert children() <= children_before
 
 
 def children() -> set[int]:
     """Return the process ids of this process's children."""
-    tasks = Path(f"/proc/{os.getpid()}/task")
-    return {int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()}
+    found: set[int] = set()
+    for thread in Path(f"/proc/{os.getpid()}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            found.update(int(pid) for pid in (thread / "children").read_text().split())
+    return found
 
 
 @contextmanager

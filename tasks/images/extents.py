@@ -54,6 +54,12 @@ def without(extents: Iterable[Extent], others: Iterable[Extent]) -> tuple[Extent
     return tuple(rest)
 
 
+def within(extents: Iterable[Extent], bounds: Iterable[Extent]) -> tuple[Extent, ...]:
+    """Return what is in both `extents` and `bounds`, sorted."""
+    there = merged(extents)
+    return without(there, without(there, bounds))
+
+
 def pieces(extents: Iterable[Extent], piece_bytes: int) -> Iterator[Extent]:
     """Cut leaf-aligned `extents` into leaf-aligned pieces of at most `piece_bytes` (at least one leaf)."""
     step = max(piece_bytes // LEAF_BYTES, 1) * LEAF_BYTES

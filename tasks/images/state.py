@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from tasks.images.files import part_of, sync, write_atomically
 from tasks.images.layout import left_overs
-from tasks.models import FORMAT_VERSION, Arrival, Snapshot, Value, VirtualDisk, VirtualMachine
+from tasks.models import FORMAT_VERSION, Arrival, Snapshot, Value, VddkSettings, VirtualDisk, VirtualMachine
 
 STATE = ".hyper2kvm.job.json"
 
@@ -18,7 +18,12 @@ _log = logging.getLogger(__name__)
 
 
 class JobState(Value):
-    """What a job copies, from which point in time, and which of its disks are here already."""
+    """What a job copies, from which point in time, and which of its disks are here already.
+
+    selection: which of the VM's disks were asked for, in words; "": all. left_out: the others' titles. vddk: how they
+    are read, where that is the road. A run that is killed on it leaves the VM prepared for access, under identities
+    made of the job's id and the disks' numbers (`tasks.road`), until the next run ends that.
+    """
 
     version: int = FORMAT_VERSION
     job_id: str
@@ -28,6 +33,9 @@ class JobState(Value):
     snapshot: Snapshot | None
     disks: tuple[VirtualDisk, ...]
     arrivals: tuple[Arrival, ...] = ()
+    selection: str = ""
+    left_out: tuple[str, ...] = ()
+    vddk: VddkSettings | None = None
 
     @property
     def all_arrived(self) -> bool:

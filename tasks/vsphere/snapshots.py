@@ -29,14 +29,22 @@ log = logging.getLogger(__name__)
 
 
 def take_snapshot(
-    session: Session, vm: VirtualMachine, *, name: str, description: str, quiesce: bool, or_crash_consistent: bool
+    session: Session,
+    vm: VirtualMachine,
+    *,
+    name: str,
+    description: str,
+    quiesce: bool,
+    or_crash_consistent: bool,
+    chains: bool = False,
 ) -> Snapshot:
     """Check the fence, then make a snapshot; where quiescing fails, a crash-consistent one if that is allowed.
 
+    chains: see `check_fence`.
     Raises FenceClosed, SnapshotFailed, PermissionMissing, LicenceForbids.
     """
     _refuse_another_jobs(session, vm)
-    check_fence(session, vm)
+    check_fence(session, vm, chains=chains)
     try:
         return create_snapshot(session, vm, name=name, description=description, quiesce=quiesce)
     except SnapshotFailed as error:

@@ -10,7 +10,7 @@ import pytest
 
 from tasks import errors
 from tests.labs import Lab, running_lab
-from tests.runs import assert_nothing_left, download, export
+from tests.runs import assert_equal_to_the_guests_disks, assert_nothing_left, download, export, vddk_download
 
 pytestmark = [pytest.mark.anyio, pytest.mark.live, pytest.mark.usefixtures("prefect_api")]
 
@@ -125,4 +125,17 @@ async def test_a_download_that_fills_the_disk_ends_and_leaves_nothing(site, smal
     with pytest.raises(errors.DiskFull):
         await download(site, small, "thin", snapshot=True)
     assert {path.name for path in (small / "thin").iterdir()} == {".hyper2kvm.lock"}
+    assert_nothing_left(site)
+
+
+async def test_a_thick_disk_that_holds_little_fits_where_vddk_reads_only_that(site, small, tmp_path):
+    manifest = await vddk_download(site, small, "hollow")
+    assert_equal_to_the_guests_disks(site, manifest, small / "hollow", tmp_path)
+    assert_nothing_left(site)
+
+
+async def test_what_vddk_cannot_fit_ends_by_name_and_leaves_nothing(site, small):
+    with pytest.raises(errors.DiskFull):
+        await vddk_download(site, small, "thick")
+    assert {path.name for path in (small / "thick").iterdir()} == {".hyper2kvm.lock"}
     assert_nothing_left(site)

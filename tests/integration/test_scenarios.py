@@ -11,7 +11,8 @@ import pytest
 from pyVmomi import vim
 
 from tasks import errors
-from tasks.models import SECTOR_BYTES, DiskImage, Manifest, VirtualDisk, VirtualMachine
+from tasks.images.state import JobState
+from tasks.models import SECTOR_BYTES, DiskImage, Manifest
 from tasks.probe import probe
 from tasks.vsphere import lookup, machine
 from tasks.vsphere.disks import disks_among
@@ -239,7 +240,7 @@ async def test_a_disk_that_no_road_reads_is_named_before_a_snapshot_is_taken(kin
     [
         ("vsan", r"Hard disk 3 \(\[objects\] .*it is a vSAN or vVol object.*\. Move it to a VMFS or NFS datastore"),
         ("vvol", r"Hard disk 2 \(\[vols\] .*it is a vSAN or vVol object \(rfc4122\..*Move it to a VMFS"),
-        ("sesparse", r"Hard disk 2 .*SeSparseBackingInfo without a flat file.*will read it"),
+        ("sesparse", r"Hard disk 2 .*SeSparseBackingInfo without a flat file.*The road vddk reads it"),
     ],
 )
 async def test_a_disk_that_the_road_cannot_read_is_named_and_none_of_the_vm_is_copied(kinds, tmp_path, name, what):
@@ -254,7 +255,7 @@ async def test_a_vm_that_needs_consolidation_is_refused_before_a_snapshot(kinds,
 
 
 async def test_a_second_redo_log_is_refused_with_the_roads_that_will_read_it_and_what_works_today(kinds, tmp_path):
-    words = "second redo log.*VSS.*vddk, nfc_block and nfc_lease.*Run again without --quiesce"
+    words = "second redo log.*VSS.*--transport vddk.*Run again without --quiesce"
     with refused_before_the_first_byte(kinds, tmp_path, errors.UnsupportedDisk, words):
         await export(kinds, tmp_path, "windows", quiesce=True)
 
@@ -286,25 +287,26 @@ async def test_a_host_that_ignores_ranges_is_refused_before_the_whole_file_comes
 # ── the probe ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def disks_of(lab: Lab, name: str) -> tuple[VirtualMachine, tuple[VirtualDisk, ...]]:
-    """Return a VM and its disks as they are now, without a snapshot."""
+def job_of(lab: Lab, name: str) -> JobState:
+    """Return a job of a VM and its disks as they are now, without a snapshot."""
     with borrow(connection_to(lab)) as live:
         vm = machine.describe_vm(live, lookup.find_vm(live, name))
         entity, path = live.entity(vim.VirtualMachine, vm.moref), "config.hardware.device"
-        return vm, disks_among(retrieve(live, [entity], (path,))[entity][path])
+        disks = disks_among(retrieve(live, [entity], (path,))[entity][path])
+    return JobState(job_id="j", flow_run_id="", vcenter_uuid="", vm=vm, snapshot=None, disks=disks)
 
 
 async def test_the_probe_reads_one_sector_of_each_disk(kinds):
-    vm, disks = disks_of(kinds, "bios off")
+    job = job_of(kinds, "bios off")
     kinds.post("/stats/reset")
-    await probe(vcenter_of(kinds), vm, disks)
-    assert kinds.stats()["bytes_served"] == len(disks) * SECTOR_BYTES
+    await probe(vcenter_of(kinds), job)
+    assert kinds.stats()["bytes_served"] == len(job.disks) * SECTOR_BYTES
     assert_nothing_left(kinds)
 
 
 async def test_the_probe_outlives_a_busy_server_and_a_dead_session(kinds):
-    vm, disks = disks_of(kinds, "bios off")
+    job = job_of(kinds, "bios off")
     with borrow(connection_to(kinds)):
         with faults(kinds, folder_503=2, expire_sessions=True):
-            await probe(vcenter_of(kinds), vm, disks)
+            await probe(vcenter_of(kinds), job)
     assert_nothing_left(kinds)

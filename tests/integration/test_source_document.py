@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import NotBuilt
-from tests.labs import ROOT, Lab, running_lab
+from tests.labs import ROOT, VDDK, Lab, running_lab
 from tests.runs import assert_nothing_left
 
 pytestmark = [pytest.mark.anyio, pytest.mark.live, pytest.mark.usefixtures("prefect_api")]
@@ -77,7 +78,7 @@ asyncio.run(main())
 
 @pytest.fixture(scope="module")
 def vcenter():
-    machines = [{"name": name, "disks": [{"size": "2MiB"}]} for name in ("production-web", "web-server")]
+    machines = [{"name": name, "disks": [{"size": "2MiB"}]} for name in ("production-web", "web-server", "database-01")]
     machines.append({"name": "backup-server", "power": "off", "disks": [{"size": "2MiB"}]})
     site = {"datacenters": [{"name": "DC", "clusters": [{"name": "c", "hosts": ["esx1"]}], "vms": machines}]}
     with running_lab(scenario=site) as lab:
@@ -90,6 +91,7 @@ def adapted(example: str, lab: Lab, output_dir) -> str:
         ("admin@vsphere.local", lab.username),
         ("/data/exports", str(output_dir)),
         ("'password'", repr(lab.password)),
+        ("/usr/lib/vmware-vix-disklib", str(VDDK)),
     ):
         example = example.replace(old, new)
     return example
@@ -133,38 +135,38 @@ def test_example_2_the_exact_bytes_of_a_folder(vcenter, tmp_path):
     assert_nothing_left(vcenter)
 
 
-def test_example_3_is_refused_by_name(vcenter, tmp_path):
-    shell = adapted(EXAMPLE_3, vcenter, tmp_path)
+def test_example_3_a_disk_through_vddk(vcenter, tmp_path):
+    example = EXAMPLE_3.replace("--username admin ", f"--username {vcenter.username} ")
+    shell = adapted(example, vcenter, tmp_path).replace("/data/vms", str(tmp_path / "vms"))
     env = environment(vcenter, tmp_path, VCENTER_PASSWORD=vcenter.password)
     done = subprocess.run(["bash", "-c", shell], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "--vs-action vddk-export is not built yet" in done.stderr
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "vms" / "database-01" / "manifest.json").read_text())
+    there = vcenter.sha256(manifest["vm"]["moref"], 0, manifest["snapshot"]["moref"])
+    content = (tmp_path / "vms" / "database-01" / "disk-0.raw").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == there
+    assert_nothing_left(vcenter)
 
 
-def test_example_4_from_python_with_the_road_that_exists(vcenter, tmp_path):
-    program = adapted(EXAMPLE_4, vcenter, tmp_path / "exports").replace("'vddk'", "'folder'")
+def test_example_4_from_python_through_vddk(vcenter, tmp_path):
+    program = adapted(EXAMPLE_4, vcenter, tmp_path / "exports")
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment(vcenter, tmp_path), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "exports" / "web-server" / "manifest.json").exists()
+    manifest = json.loads((tmp_path / "exports" / "web-server" / "manifest.json").read_text())
+    assert [disk["road"] for disk in manifest["disks"]] == ["vddk"]
     assert_nothing_left(vcenter)
 
 
-async def test_example_4_with_a_road_that_is_not_built_is_refused_by_name(vcenter, tmp_path):
+async def test_a_transport_that_is_not_built_is_refused_by_name_before_anything_is_connected(vcenter, tmp_path):
     from hyper2kvm.vmware.clients.client import VMwareClient
     from hyper2kvm.vmware.vsphere.mode import ExportOptions
 
     client = VMwareClient(host=vcenter.address, user=vcenter.username, pwd=vcenter.password)
-    options = ExportOptions(
-        vm_name="web-server",
-        output_dir=tmp_path,
-        export_mode="export",
-        transport="vddk",
-        vddk_libdir="/usr/lib/vmware-vix-disklib",
-    )
+    options = ExportOptions(vm_name="web-server", output_dir=tmp_path, export_mode="export", transport="ssh")
     vcenter.post("/stats/reset")
-    with pytest.raises(NotBuilt, match="the transport 'vddk' is not built yet"):
+    with pytest.raises(NotBuilt, match="the transport 'ssh' is not built yet"):
         await client.async_export_vm(options)
     assert vcenter.stats()["soap_total"] == 0
 

@@ -82,6 +82,8 @@ func (l *lab) front(next http.Handler) http.Handler {
 			l.serveSOAP(w, r, next)
 		case r.URL.Path == "/folder" || strings.HasPrefix(r.URL.Path, "/folder/"):
 			l.serveFolder(w, r, next)
+		case strings.HasPrefix(r.URL.Path, "/vixdisklib/"):
+			l.serveVixDiskLib(w, r)
 		default:
 			next.ServeHTTP(w, r)
 		}

@@ -19,12 +19,14 @@ type stats struct {
 	served        int64            // disk bytes by any road
 	open          map[string]int64 // transfers now, by host
 	peak          map[string]int64
+	prepared      map[string]bool // VDDK: VM and identity, between PrepareForAccess and EndAccess
+	preparedPeak  int
 
 	ticketsIssued, ticketsUsed, ticketsRefused int64
 }
 
 func newStats() *stats {
-	s := &stats{open: map[string]int64{}}
+	s := &stats{open: map[string]int64{}, prepared: map[string]bool{}}
 	s.reset()
 	return s
 }
@@ -36,7 +38,7 @@ func (s *stats) reset() {
 	s.soapCalls, s.requests, s.bytes = map[string]int64{}, map[string]int64{}, map[string]int64{}
 	s.soapTotal, s.logins, s.loginAttempts, s.served = 0, 0, 0, 0
 	s.ticketsIssued, s.ticketsUsed, s.ticketsRefused = 0, 0, 0
-	s.peak = map[string]int64{}
+	s.peak, s.preparedPeak = map[string]int64{}, len(s.prepared)
 	for host, n := range s.open {
 		if n > 0 {
 			s.peak[host] = n
@@ -75,6 +77,16 @@ func (s *stats) ticket(counter *int64) {
 	*counter++
 }
 
+// access notes that a VM is prepared for VDDK's access under an identity, or not any more.
+func (s *stats) access(who string, on bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if delete(s.prepared, who); on {
+		s.prepared[who] = true
+		s.preparedPeak = max(s.preparedPeak, len(s.prepared))
+	}
+}
+
 func (s *stats) diskBytes(n int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -106,6 +118,7 @@ func (l *lab) report() map[string]any {
 		"http_requests": copyMap(s.requests), "http_bytes": copyMap(s.bytes),
 		"live_sessions": sessions, "open_snapshots": snapshots,
 		"bytes_served": s.served, "peak_transfers": copyMap(s.peak),
+		"vddk_prepared": len(s.prepared), "vddk_prepared_peak": s.preparedPeak,
 		"tickets_issued": s.ticketsIssued, "tickets_used": s.ticketsUsed, "tickets_refused": s.ticketsRefused,
 	}
 }

@@ -12,6 +12,7 @@ from tasks.models import (
     ExportJob,
     ExportOptions,
     Trust,
+    VddkJob,
     normalise_thumbprint,
     split_address,
 )
@@ -95,7 +96,7 @@ def test_the_sources_options_become_the_modes_own():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("export_mode", "vddk_download"), ("transport", "vddk"), ("transport", "ssh")],
+    [("export_mode", "cbt_sync"), ("transport", "ssh"), ("transport", "nfc_lease")],
 )
 def test_what_is_not_built_is_refused_by_name(field, value):
     with pytest.raises(NotBuilt, match=f"{value}.*is not built yet"):
@@ -122,7 +123,16 @@ def test_each_mode_gets_its_own_options():
     assert (job.vm_name, job.include_glob, job.concurrency, job.snapshot) == ("web", ("*.vmx",), 5, True)
 
 
-@pytest.mark.parametrize("mode", [ExportJob, DownloadJob])
+def test_the_mode_of_vddk_gets_a_disk_to_choose_and_writes_raw():
+    options = ExportOptions(vm_name="web", output_dir="/data", export_mode="vddk_download", disk="2000", format="qcow2")
+    job = options.job()
+    assert isinstance(job, VddkJob)
+    assert (job.disk, job.all_disks, job.image_format, job.arrival_format) == ("2000", False, "raw", "raw")
+    with pytest.raises(ValidationError, match="exclude each other"):
+        VddkJob(vm_name="web", output_dir="/data", disk="2000", all_disks=True)
+
+
+@pytest.mark.parametrize("mode", [ExportJob, DownloadJob, VddkJob])
 def test_every_field_of_the_form_has_a_title_a_description_and_an_example(mode):
     for name, schema in mode.model_json_schema()["properties"].items():
         described = {"title", "description", "examples"} <= set(schema)

@@ -1,0 +1,370 @@
+"""Reading a disk through VMware's VDDK, which runs in a process of its own (`tasks.transports.vddk_worker`).
+
+Bytes come through shared memory; a crash of the library is an error here. How to talk to that process is not known
+here (`vddk_process`), nor where the library lies (`vddk_library`).
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NoReturn, Self, TypeVar
+
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from tasks import tls
+from tasks.errors import (
+    FileLocked,
+    TransferInterrupted,
+    VddkFailed,
+    VddkOutOfMemory,
+    VddkReadsZeros,
+    VddkUnavailable,
+)
+from tasks.models import SECTOR_BYTES, Connection, Extent, Value, VddkSettings
+from tasks.process import Stopped
+from tasks.reader import TransientFault
+from tasks.transports import vixdisklib_abi as abi
+from tasks.transports.vddk_library import find_library
+from tasks.transports.vddk_process import Refused, Worker, worker_of
+
+LEAF_BYTES = 256 * 1024  # requests and chunks are of whole ones: what the copy loop works in
+REQUEST_BYTES = 2 * 1024 * 1024  # the most that is asked for at once
+DEPTH = 4
+SLOTS = 2 * DEPTH  # one fills while the one before it is written
+EXTENT_BYTES = 16 * 1024 * 1024  # so that small disks too keep every thread busy
+OPEN_TIMEOUT_S = 180.0  # the library's own attempts to reach a host take a minute each
+READ_TIMEOUT_S = 120.0
+MEMORY_ATTEMPTS, MEMORY_WAIT_S = 5, 2.0  # of opening, where the host has no memory for one more session
+SAMPLES = 32
+LARGE_BUFFERS = "vixDiskLib.nfcAio.Session.BufSizeIn64KB=16\nvixDiskLib.nfcAio.Session.BufCount=4\n"
+ALLOCATED = "only what is allocated"
+SHA1_DIGITS = "0" * 40
+UNLOCK = (
+    "A running VM's disk is read from a snapshot: run without --vs-snapshot-moref, or with one that exists; and see "
+    "that the account may read the VM's files"
+)
+
+POLL_S = 0.2
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+
+class VddkDisk(Value):
+    """A disk as VDDK finds it: by VM, snapshot ("": none, the VM is off) and the path in the snapshot's config.
+
+    identity: who prepares the VM for access; whoever comes after a kill ends that under the same name. host_name: of
+    the ESXi host behind, "" where that is not known.
+    """
+
+    connection: Connection
+    settings: VddkSettings
+    vm_moref: str
+    snapshot_moref: str
+    datastore_path: str
+    capacity_bytes: int
+    identity: str
+    host_name: str = ""
+
+
+class VddkReader:
+    """A disk behind VDDK. See `tasks.reader.Reader`; `allocated` says what of it is worth asking for.
+
+    Enter it in a thread that lives as long: the worker dies with that one. Entering raises VddkUnavailable,
+    VddkFailed, VddkCrashed, FileLocked, VddkReadsZeros, or what `tasks.tls` raises; Stopped, where `stop` is set.
+    """
+
+    depth = DEPTH
+    preferred_extent_bytes = EXTENT_BYTES
+    road = "vddk"
+
+    def __init__(
+        self, disk: VddkDisk, *, stop: threading.Event | None = None, read_timeout_s: float = READ_TIMEOUT_S
+    ) -> None:
+        self.size, self.source = disk.capacity_bytes, disk.datastore_path
+        self.road_reason = ""
+        self._disk, self._read_timeout_s = disk, read_timeout_s
+        self._stop = stop or threading.Event()
+        self._own = ExitStack()
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()  # slots of the ring
+        self._allocated: tuple[Extent, ...] = ()
+        self._mending = threading.Lock()
+        self._generation = 0  # of the open disk
+        self._lost = 0  # the latest one whose connection was lost
+
+    def __enter__(self) -> Self:
+        self._library = find_library(self._disk.settings.libdir)
+        with ExitStack() as stack:
+            patience = Retrying(
+                retry=retry_if_exception_type(VddkOutOfMemory),
+                stop=stop_after_attempt(MEMORY_ATTEMPTS),
+                wait=wait_random_exponential(MEMORY_WAIT_S, 30.0),
+                reraise=True,
+            )
+            patience(self._open, stack)
+            self._check_sample()
+            self._own = stack.pop_all()
+        _log.info("opened source=%r reason=%r", self.source, self.road_reason)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._own.close()
+
+    def allocated(self) -> tuple[Extent, ...]:
+        """Return the parts that may hold something; the others read as zeros."""
+        return self._allocated
+
+    def stream(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
+        """Yield the bytes of `extent` in order, the next request under way. See `tasks.reader.Reader`."""
+        self._mend()
+        wanted = deque(_requests(extent))
+        slots = [self._free.get(), self._free.get()]
+        under_way: deque[tuple[Extent, int, Future[Any]]] = deque()
+        try:
+            while wanted or under_way:
+                while slots and wanted:
+                    request, slot = wanted.popleft(), slots.pop()
+                    under_way.append((request, slot, self._worker.read(request, slot)))
+                request, slot, reply = under_way[0]
+                self._settle(request, reply)
+                under_way.popleft()
+                slots.append(slot)
+                start = slot * REQUEST_BYTES
+                yield request.start, self._memory[start : start + request.length]
+        finally:
+            for slot in slots:
+                self._free.put(slot)
+            for _, slot, reply in under_way:  # the library may be writing there still
+                reply.add_done_callback(lambda _, slot=slot: self._free.put(slot))  # type: ignore[misc]
+
+    def interrupt(self) -> None:
+        """Wake every thread that waits for the worker, with TransientFault."""
+        self._worker.give_up(TransientFault("interrupted"))
+
+    # ── opening ──────────────────────────────────────────────────────────────────────────────────────
+
+    def _open(self, stack: ExitStack) -> None:
+        """Start a worker and have it open the disk; both stay with `stack`."""
+        with ExitStack() as mine:
+            fd, self._memory = mine.enter_context(_ring(SLOTS * REQUEST_BYTES))
+            wishes = self._wishes(fd, mine)
+            self._worker = mine.enter_context(self._at_work(wishes))
+            opened = self._opened(self._worker.open(wishes))
+            self._allocated, mapped = self._ask_what_is_allocated()
+            self._generation = opened["generation"]
+            self.road_reason = f"{self._library.words}, transport {opened['mode']}, {mapped}"
+            stack.push(mine.pop_all())
+        for slot in range(SLOTS):
+            self._free.put(slot)
+
+    def _start(self, ring_fd: int) -> AbstractContextManager[Worker]:
+        return worker_of(self._library.folder, ring_fd=ring_fd, source=self.source)
+
+    @contextmanager
+    def _at_work(self, wishes: dict[str, Any]) -> Iterator[Worker]:
+        """Have a worker for the block, and another one after it to release the VM, where that did not end well."""
+        with ExitStack() as after, self._start(wishes["ring_fd"]) as worker:
+            after.callback(self._release, worker, wishes)
+            yield worker
+
+    def _release(self, worker: Worker, wishes: dict[str, Any]) -> None:
+        if worker.left_well:
+            return
+        with self._start(wishes["ring_fd"]) as another:
+            another.open(wishes | {"open": False})
+        _log.warning("VDDK did not end well source=%r VM released=%s", self.source, another.left_well)
+
+    def _wishes(self, ring_fd: int, stack: ExitStack) -> dict[str, Any]:
+        """Return what the worker is told. The password is in it: it goes through a pipe, and nowhere else."""
+        disk, settings, connection = self._disk, self._disk.settings, self._disk.connection
+        certificate = tls.believed_certificate(connection)
+        return {
+            "open": True,
+            "library": str(self._library.file),
+            "library_dir": str(self._library.root),
+            "config": _config_file(stack) if settings.large_buffers else None,
+            "server": connection.host,
+            "port": connection.port,
+            "thumbprint": tls.colons(tls.thumbprint_of(certificate, like=SHA1_DIGITS)),
+            "user": connection.username,
+            "password": connection.password.get_secret_value(),
+            "vm": disk.vm_moref,
+            "snapshot": disk.snapshot_moref,
+            "path": disk.datastore_path,
+            "modes": settings.transport_modes,
+            "compression": settings.compression,
+            "identity": disk.identity,
+            "ring_fd": ring_fd,
+            "slots": SLOTS,
+            "slot_bytes": REQUEST_BYTES,
+        }
+
+    def _opened(self, opening: Future[dict[str, Any]]) -> dict[str, Any]:
+        """Wait until the disk is open; return what the worker says of it."""
+        try:
+            opened = self._result(opening, OPEN_TIMEOUT_S)
+        except Refused as refused:
+            self._refuse_to_open(refused)
+        except TimeoutError as error:
+            raise self._failed("Open", f"no answer within {OPEN_TIMEOUT_S:.0f} s") from error
+        if (size := opened["sectors"] * SECTOR_BYTES) != self.size:
+            raise self._failed("GetInfo", f"it says {size} bytes, where the server says {self.size}")
+        if opened["unprepared"]:
+            _log.warning("VM not prepared source=%r reason=%r", self.source, opened["unprepared"])
+        return opened
+
+    def _refuse_to_open(self, refused: Refused) -> NoReturn:
+        """Raise what a refusal means."""
+        if refused.call in ("load", "InitEx"):
+            missing = f"{self._library.words} does not start: {refused.text or f'InitEx answers {refused.code}'}"
+            raise VddkUnavailable(
+                missing=missing, looked_in=str(self._library.folder), last_lines=self._worker.last_lines()
+            )
+        failure = self._failed(refused.call, self._words(refused))
+        if refused.code == abi.OUT_OF_MEMORY:
+            raise VddkOutOfMemory(**failure.fields)
+        if refused.code in abi.LOCKED:
+            raise FileLocked(path=self.source, remedy=UNLOCK) from failure
+        raise failure
+
+    def _ask_what_is_allocated(self) -> tuple[tuple[Extent, ...], str]:
+        """Return what is allocated, and in words whether that is known."""
+        try:
+            runs = self._result(self._worker.allocated(self.size, chunk_bytes=LEAF_BYTES), OPEN_TIMEOUT_S)
+        except Refused as refused:
+            why = self._words(refused)
+            _log.warning("everything counts as allocated source=%r reason=%r", self.source, why)
+            return (Extent(start=0, length=self.size),), f"all of it: what is allocated is not known: {why}"
+        except TimeoutError as error:
+            raise self._failed("QueryAllocatedBlocks", f"no answer within {OPEN_TIMEOUT_S:.0f} s") from error
+        return tuple(_extents(runs, self.size)), ALLOCATED
+
+    def _check_sample(self) -> None:
+        """Raise VddkReadsZeros where nothing but zeros is read at places that are allocated."""
+        if not self.road_reason.endswith(ALLOCATED):
+            return
+        places = _sample(self._allocated)
+        for place in places:
+            try:
+                if any(bytes(buffer).strip(b"\0") for _, buffer in self.stream(place)):
+                    return
+            except TransientFault as fault:
+                raise TransferInterrupted(source=self.source, resumable_at=0, why=str(fault)) from fault
+        if places:
+            raise VddkReadsZeros(version=self._library.version, source=self.source, count=len(places))
+
+    # ── reading ──────────────────────────────────────────────────────────────────────────────────────
+
+    def _settle(self, request: Extent, reply: Future[Any]) -> None:
+        """Wait for a read. Raises TransientFault where the connection was lost: the next one opens the disk anew."""
+        try:
+            self._result(reply, self._read_timeout_s)
+        except TimeoutError as error:
+            why = f"VDDK does not answer for {self._read_timeout_s:.0f} s"
+            raise TransferInterrupted(source=self.source, resumable_at=request.start, why=why) from error
+        except Refused as refused:
+            if refused.code not in abi.LOST:
+                raise self._failed(refused.call, self._words(refused)) from refused
+            self._lost = max(self._lost, refused.generation)
+            wait_s = MEMORY_WAIT_S if refused.code == abi.OUT_OF_MEMORY else 0.0
+            raise TransientFault(self._words(refused), wait_s=wait_s) from refused
+
+    def _result(self, future: Future[T], timeout_s: float) -> T:
+        """Wait for an answer. Raises TimeoutError, Stopped, and what the answer is."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return future.result(min(POLL_S, max(0.0, deadline - time.monotonic())))
+            except TimeoutError:
+                if self._stop.is_set():
+                    raise Stopped from None
+                if time.monotonic() >= deadline:
+                    raise
+
+    def _mend(self) -> None:
+        """Open the disk anew where its connection was lost, once for all threads. Raises TransientFault."""
+        with self._mending:
+            if self._lost < self._generation:
+                return
+            try:
+                self._generation = self._result(self._worker.reopen(self._generation), OPEN_TIMEOUT_S)
+            except TimeoutError as error:
+                why = f"VDDK does not open it again within {OPEN_TIMEOUT_S:.0f} s"
+                raise TransferInterrupted(source=self.source, resumable_at=0, why=why) from error
+            except Refused as refused:
+                raise TransientFault(self._words(refused)) from refused
+        _log.info("opened again source=%r", self.source)
+
+    def _words(self, refused: Refused) -> str:
+        return abi.in_words(refused.code, host=self._disk.connection.address, text=refused.text)
+
+    def _failed(self, call: str, words: str) -> VddkFailed:
+        return VddkFailed(call=call, source=self.source, words=words, last_lines=self._worker.last_lines())
+
+
+@contextmanager
+def _ring(length: int) -> Iterator[tuple[int, memoryview]]:
+    """Yield shared memory, as a file to inherit and as a buffer; it begins on a page, for writing with O_DIRECT."""
+    fd = os.memfd_create("vddk-ring")
+    try:
+        os.ftruncate(fd, length)
+        yield fd, memoryview(mmap.mmap(fd, length))
+    finally:
+        os.close(fd)
+
+
+def _config_file(stack: ExitStack) -> str:
+    folder = stack.enter_context(TemporaryDirectory(prefix="hyper2kvm-vddk-"))
+    path = Path(folder) / "vddk.conf"
+    path.write_text(LARGE_BUFFERS)
+    return str(path)
+
+
+def _requests(extent: Extent) -> Iterator[Extent]:
+    """Cut an extent at multiples of what is asked for at once, so that whole leaves come whole."""
+    start = extent.start
+    while start < extent.end:
+        end = min(extent.end, start // REQUEST_BYTES * REQUEST_BYTES + REQUEST_BYTES)
+        yield Extent(start=start, length=end - start)
+        start = end
+
+
+def _extents(runs: Sequence[tuple[int, int]], size: int) -> Iterator[Extent]:
+    """Yield runs of sectors as extents of bytes, sorted, those that touch made one, none past the end of the disk."""
+    start = end = 0
+    for sector, count in sorted(map(tuple, runs)):
+        first, last = sector * SECTOR_BYTES, min(size, (sector + count) * SECTOR_BYTES)
+        if first > end:
+            if end > start:
+                yield Extent(start=start, length=end - start)
+            start = first
+        end = max(end, last)
+    if end > start:
+        yield Extent(start=start, length=end - start)
+
+
+def _sample(extents: Sequence[Extent]) -> list[Extent]:
+    """Return leaves spread evenly over `extents`."""
+    total = sum(extent.length for extent in extents)
+    step = max(LEAF_BYTES, total // SAMPLES)
+    places: list[Extent] = []
+    passed = wanted = 0
+    for extent in extents:
+        while wanted < passed + extent.length:
+            start = extent.start + (wanted - passed) // LEAF_BYTES * LEAF_BYTES
+            places.append(Extent(start=start, length=min(LEAF_BYTES, extent.end - start)))
+            wanted += step
+        passed += extent.length
+    return places
