@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prefect.logging import get_run_logger
+
 from tasks.images.state import JobState
 from tasks.models import Connection, ExportJob, VddkSettings, VirtualDisk
 from tasks.transports.folder import FolderDisk
@@ -17,6 +19,8 @@ def vddk_of(options: ExportJob) -> VddkSettings | None:
     Raises VddkUnavailable, before anything is connected.
     """
     if options.transport != "vddk":
+        if options.transport == "auto":
+            get_run_logger().info("transport auto takes road=folder reason='vddk only where it is asked for'")
         return None
     return usable(VddkSettings(libdir=Path(options.vddk_libdir) if options.vddk_libdir else None))
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from tasks import errors, fetch
-from tests.labs import VDDK, running_lab
+from tests.labs import ROOT, VDDK, running_lab
 from tests.runs import (
     assert_equal_to_the_guests_disks,
     assert_nothing_left,
@@ -180,6 +184,25 @@ def test_killed_it_is_gone_on_with_from_what_is_here_and_the_vm_is_released(site
     moref, snapshot = manifest["vm"]["moref"], manifest["snapshot"]["moref"]
     image = (tmp_path / "large" / "disk-0.raw").read_bytes()
     assert hashlib.sha256(image).hexdigest() == site.sha256(moref, 0, snapshot)
+
+
+def test_interrupted_it_leaves_nothing(site, tmp_path, api):
+    words = ["--vs-vm-name", "large", "--vddk-libdir", str(VDDK), "--output-dir", str(tmp_path)]
+    site.post("/stats/reset")
+    with faults(site, throttle_bytes_per_s=MIB):
+        run = subprocess.Popen(
+            command(site, "vddk-export", *words),
+            cwd=ROOT,
+            env=os.environ | site.environment() | api,
+            start_new_session=True,
+        )
+        while site.stats()["bytes_served"] < 4 * MIB:
+            assert run.poll() is None
+            time.sleep(0.05)
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.wait(60) == 130
+    assert_nothing_left(site)
+    assert not list((tmp_path / "large").glob("disk-*"))
 
 
 def test_killed_and_asked_for_another_disk_it_starts_anew(site, tmp_path, api):
