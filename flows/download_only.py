@@ -47,7 +47,7 @@ async def download_only(vcenter: VCenter, options: DownloadJob) -> DownloadManif
         known = known_files(folder, vcenter_uuid=job.server.uuid, vm=vm)
         await browse(vcenter, vm, options, None)  # what is refused, is refused before a snapshot is taken
         async with _held_still(vcenter, job, options) as snapshot:
-            place = Place(vcenter_uuid=job.server.uuid, vm=vm, snapshot=snapshot, folder=folder)
+            place = Place(vcenter_uuid=job.server.uuid, vm=vm, snapshot=snapshot, folder=folder, digest=options.digest)
             plan = await browse(vcenter, vm, options, snapshot)
             write_state(folder, job.state(snapshot))
             files = await _arrived(vcenter, place, plan, known, options)

@@ -84,6 +84,7 @@ def vsphere(
     compression: str = "none",
     transport: str = "auto",
     limit_rate: str = "",
+    digest: str = "blake3",
     overcommit: Annotated[bool, Parameter(negative=())] = False,
     connections: int = CONNECTIONS,
     no_host_tickets: Annotated[bool, Parameter(negative=())] = False,
@@ -152,6 +153,8 @@ def vsphere(
         Road of the disks' bytes: auto, folder or vddk.
     limit_rate
         Bytes a second that the whole run takes at most, such as 60MiB.
+    digest
+        Of what was read: blake3 or sha256.
     overcommit
         Begin where the room is less than the capacity of thick disks: what is zero takes none.
     connections
@@ -223,6 +226,7 @@ def vsphere(
         "transport": transport,
         "limit_rate": limit_rate,
         "overcommit": overcommit,
+        "digest": digest,
         **({"format": format} if format else {}),
         "compression": compression,
         "quiesce": quiesce,

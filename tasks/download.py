@@ -21,6 +21,7 @@ from tasks.images.verify import verify
 from tasks.models import (
     Connection,
     DatastoreFile,
+    DigestName,
     DownloadedFile,
     ReadBack,
     Snapshot,
@@ -38,6 +39,7 @@ class Place(Value):
     vm: VirtualMachine
     snapshot: Snapshot | None
     folder: Path
+    digest: DigestName = "blake3"
 
     @property
     def point(self) -> str:
@@ -115,7 +117,7 @@ def _fetched(
 ) -> tuple[Fetched, ReadBack]:
     parts = parts_of(place.folder, file)
     if file.size_bytes == 0:
-        return _empty(parts), "direct"
+        return _empty(parts, place.digest), "direct"
     result = _copied(connection, place, file, parts, meter, stop)
     with Digests.open(parts.digests_part) as digests:
         return result, verify(parts.raw_part, format="raw", digests=digests, stop=stop)
@@ -131,12 +133,15 @@ def _copied(
         capacity_bytes=file.size_bytes,
         host_name=place.vm.host_name,
     )
-    return fetch(source, parts, binding=place.binding(file), meter=meter, stop=stop)
+    return fetch(source, parts, binding=place.binding(file), algorithm=place.digest, meter=meter, stop=stop)
 
 
-def _empty(parts: DiskFiles) -> Fetched:
+def _empty(parts: DiskFiles, algorithm: DigestName) -> Fetched:
     """Make the part of a file without a byte, for which there is nothing to ask."""
-    with RawWriter.create(parts.raw_part, size=0), Digests.create(parts.digests_part, size=0) as digests:
+    with (
+        RawWriter.create(parts.raw_part, size=0),
+        Digests.create(parts.digests_part, size=0, algorithm=algorithm) as digests,
+    ):
         digest = digests.image_digest()
     return Fetched(
         bytes_transferred=0, bytes_written=0, seconds=0.0, digest=digest, road="none", road_reason="no byte in it"

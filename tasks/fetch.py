@@ -11,7 +11,7 @@ from tasks.images.copy import CopyResult, Limits, copy
 from tasks.images.extents import leaf_aligned, within
 from tasks.images.layout import DiskFiles
 from tasks.images.target import open_target
-from tasks.models import ArrivalFormat
+from tasks.models import ArrivalFormat, DigestName
 from tasks.rate import RATE
 from tasks.slots import one_of
 from tasks.steps import Meter
@@ -37,6 +37,7 @@ def fetch(
     *,
     binding: Mapping[str, str | int],
     format: ArrivalFormat = "raw",
+    algorithm: DigestName,
     meter: Meter,
     stop: threading.Event,
 ) -> Fetched:
@@ -48,7 +49,7 @@ def fetch(
     """
     with (
         opened(source, stop=stop) as reader,
-        open_target(files, size=reader.size, binding=binding, format=format, stop=stop) as target,
+        open_target(files, size=reader.size, binding=binding, format=format, algorithm=algorithm, stop=stop) as target,
     ):
         wanted = target.missing
         if isinstance(reader, VddkReader):

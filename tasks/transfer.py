@@ -32,7 +32,15 @@ async def transfer(
     async with metered(label, disk.capacity_bytes, key=key) as meter:
         source, binding = source_of(disk, job, connection_of(vcenter)), _binding(job, disk)
         result = await in_thread(
-            fetch, stop, source, files, binding=binding, format=arrival_format, meter=meter, stop=stop
+            fetch,
+            stop,
+            source,
+            files,
+            binding=binding,
+            format=arrival_format,
+            algorithm=job.digest,
+            meter=meter,
+            stop=stop,
         )
     seconds = time.monotonic() - started
     get_run_logger().info(

@@ -24,7 +24,7 @@ from tenacity import (
 
 from tasks.errors import IntegrityMismatch, TransferInterrupted
 from tasks.images.checkpoints import Checkpoints
-from tasks.images.digests import LEAF_BYTES, Buffer, Digests, is_zero, record_of
+from tasks.images.digests import LEAF_BYTES, Buffer, Digests, is_zero
 from tasks.images.extents import check_plan, pieces
 from tasks.images.journal import Journal
 from tasks.images.leaves import Misread, Piece
@@ -156,7 +156,7 @@ class _Copy:
     def _land(self, first: int, content: Buffer) -> None:
         """Write whole leaves, from number `first` on, their clusters of zeros as holes."""
         start, view = first * LEAF_BYTES, memoryview(content)
-        records = [record_of(view[at : at + LEAF_BYTES]) for at in range(0, len(view), LEAF_BYTES)]
+        records = [self._digests.record_of(view[at : at + LEAF_BYTES]) for at in range(0, len(view), LEAF_BYTES)]
         at = 0
         for zeros, clusters in groupby(
             is_zero(view[at : at + CLUSTER_BYTES]) for at in range(0, len(view), CLUSTER_BYTES)

@@ -1,4 +1,4 @@
-"""The digest tree of an image: a BLAKE3 record for each leaf of 256 KiB, in a sparse sidecar file.
+"""The digest tree of an image: a BLAKE3 or SHA-256 record for each leaf of 256 KiB, in a sparse sidecar file.
 
 It is of the guest-visible content, whatever the format of the image. An all-zero leaf has a record of zero
 bytes, so a hole in the disk is a hole in the sidecar. Which leaves are hashed, and when, is not decided here.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 from blake3 import blake3
 
 from tasks.errors import InvalidInput
 from tasks.images.files import naming_full_disk, new_file
+from tasks.models import DigestName
 
 Buffer = bytes | bytearray | memoryview
 
@@ -24,10 +26,11 @@ RECORD_BYTES = 32
 ZERO_RECORD = bytes(RECORD_BYTES)
 HEADER_BYTES = 4096  # a page, so that records begin on a block of the file system
 FORMAT_VERSION = 1
-DOMAIN = "hyper2kvm image digest v1"  # BLAKE3 key derivation context: no other hash can pass for one of ours
+DOMAIN = "hyper2kvm image digest v1"  # what the hash of the records begins with: no other can pass for one of ours
 
 _MAGIC = b"H2KVMDIG"
 _HEADER = struct.Struct("<8sIIQ")  # magic, format version, leaf size, image size
+_ALGORITHM = struct.Struct("<I")  # behind it: the place in ALGORITHMS
 _ZERO_LEAF = bytes(LEAF_BYTES)
 _RECORDS_AT_ONCE = 32 * 1024  # 1 MiB of them in memory, whatever the size of the image
 
@@ -37,9 +40,27 @@ def is_zero(buffer: Buffer) -> bool:
     return _ZERO_LEAF.startswith(buffer)
 
 
-def record_of(leaf: Buffer) -> bytes:
+class Algorithm(NamedTuple):
+    """A hash of 32 bytes: of one leaf, and begun over the records of an image."""
+
+    leaf: Callable[[Buffer], bytes]
+    whole: Callable[[], Any]
+
+
+ALGORITHMS: dict[DigestName, Algorithm] = {
+    "blake3": Algorithm(lambda leaf: blake3(leaf).digest(), lambda: blake3(derive_key_context=DOMAIN)),
+    "sha256": Algorithm(lambda leaf: sha256(leaf).digest(), lambda: sha256(DOMAIN.encode())),
+}
+
+
+def record_of(leaf: Buffer, algorithm: DigestName = "blake3") -> bytes:
     """Return the record of one leaf's content."""
-    return ZERO_RECORD if is_zero(leaf) else blake3(leaf).digest()
+    return ZERO_RECORD if is_zero(leaf) else ALGORITHMS[algorithm].leaf(leaf)
+
+
+def algorithm_of(digest: str) -> DigestName:
+    """Return what an image's digest (`sha256:…`) is made by; `blake3` for what names nothing that we know."""
+    return "sha256" if digest.startswith("sha256:") else "blake3"
 
 
 def leaf_count(size: int) -> int:
@@ -50,26 +71,28 @@ def leaf_count(size: int) -> int:
 class Digests:
     """The sidecar of one image: records by leaf number. `put` and `get` may be called by several threads at once."""
 
-    def __init__(self, path: Path, fd: int, size: int) -> None:
+    def __init__(self, path: Path, fd: int, size: int, algorithm: DigestName) -> None:
         """Made by `create` and `open`; `size` is the image's, in bytes."""
         self.path = path
         self.size = size
+        self.algorithm: DigestName = algorithm
         self._fd = fd
 
     @classmethod
-    def create(cls, path: Path, *, size: int) -> Self:
+    def create(cls, path: Path, *, size: int, algorithm: DigestName = "blake3") -> Self:
         """Start a sidecar in which every leaf is zero; one of this name is emptied. Raises DiskFull."""
         with new_file(path, need=HEADER_BYTES) as fd:
             os.ftruncate(fd, HEADER_BYTES + leaf_count(size) * RECORD_BYTES)
-            os.pwrite(fd, _HEADER.pack(_MAGIC, FORMAT_VERSION, LEAF_BYTES, size), 0)
-            return cls(path, fd, size)
+            number = _ALGORITHM.pack(list(ALGORITHMS).index(algorithm))
+            os.pwrite(fd, _HEADER.pack(_MAGIC, FORMAT_VERSION, LEAF_BYTES, size) + number, 0)
+            return cls(path, fd, size, algorithm)
 
     @classmethod
     def open(cls, path: Path, *, writable: bool = False) -> Self:
         """Open a sidecar. Raises InvalidInput where it is none, of another version, or cut short."""
         fd = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
         try:
-            return cls(path, fd, _image_size(path, fd))
+            return cls(path, fd, *_header(path, fd))
         except BaseException:
             os.close(fd)
             raise
@@ -86,6 +109,10 @@ class Digests:
             with naming_full_disk(self.path, need=len(records)):
                 os.pwrite(self._fd, records, HEADER_BYTES + first * RECORD_BYTES)
 
+    def record_of(self, leaf: Buffer) -> bytes:
+        """Return the record of one leaf's content, as this sidecar makes them."""
+        return record_of(leaf, self.algorithm)
+
     def get(self, leaf: int) -> bytes:
         """Return the record of a leaf."""
         return self.records(leaf, 1)
@@ -100,11 +127,12 @@ class Digests:
             os.fdatasync(self._fd)
 
     def image_digest(self) -> str:
-        """Return `blake3:<hex>` over size, leaf size and every record, in that order."""
-        whole = blake3(_HEADER.pack(_MAGIC, FORMAT_VERSION, LEAF_BYTES, self.size), derive_key_context=DOMAIN)
+        """Return `blake3:<hex>` or `sha256:<hex>` over size, leaf size and every record, in that order."""
+        whole = ALGORITHMS[self.algorithm].whole()
+        whole.update(_HEADER.pack(_MAGIC, FORMAT_VERSION, LEAF_BYTES, self.size))
         for _, chunk in self.chunks():
             whole.update(chunk)
-        return f"blake3:{whole.hexdigest()}"
+        return f"{self.algorithm}:{whole.hexdigest()}"
 
     def chunks(self) -> Iterator[tuple[int, bytes]]:
         """Yield (first leaf, records) of all leaves, a bounded number at a time."""
@@ -113,16 +141,18 @@ class Digests:
             yield first, self.records(first, min(_RECORDS_AT_ONCE, leaves - first))
 
 
-def _image_size(path: Path, fd: int) -> int:
-    header = os.pread(fd, _HEADER.size, 0)
-    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+def _header(path: Path, fd: int) -> tuple[int, DigestName]:
+    """Return the size of the image, and the algorithm."""
+    header = os.pread(fd, _HEADER.size + _ALGORITHM.size, 0)
+    if len(header) < _HEADER.size + _ALGORITHM.size or not header.startswith(_MAGIC):
         raise _foreign(path, "it is no digest sidecar of ours")
-    _, version, leaf_bytes, size = _HEADER.unpack(header)
-    if (version, leaf_bytes) != (FORMAT_VERSION, LEAF_BYTES):
-        raise _foreign(path, f"it has version {version} with leaves of {leaf_bytes} bytes")
+    _, version, leaf_bytes, size = _HEADER.unpack_from(header)
+    (number,) = _ALGORITHM.unpack_from(header, _HEADER.size)
+    if (version, leaf_bytes) != (FORMAT_VERSION, LEAF_BYTES) or number >= len(ALGORITHMS):
+        raise _foreign(path, f"it has version {version} with leaves of {leaf_bytes} bytes and hash number {number}")
     if os.fstat(fd).st_size != HEADER_BYTES + leaf_count(size) * RECORD_BYTES:
         raise _foreign(path, "it is cut short, or not of the image that it names")
-    return int(size)
+    return int(size), list(ALGORITHMS)[number]
 
 
 def _foreign(path: Path, why: str) -> InvalidInput:

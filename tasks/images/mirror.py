@@ -13,13 +13,13 @@ from blake3 import blake3
 from pydantic import ValidationError
 
 from tasks.errors import OutputExists
-from tasks.images.digests import LEAF_BYTES, Digests, record_of
+from tasks.images.digests import LEAF_BYTES, Digests, algorithm_of
 from tasks.images.files import BLOCK_BYTES, naming_full_disk, part_of, publish, sync, write_atomically
 from tasks.images.job import LOCK
 from tasks.images.layout import DiskFiles
 from tasks.images.manifest import MANIFEST
 from tasks.images.state import STATE
-from tasks.models import DatastoreFile, DownloadedFile, DownloadManifest, VirtualMachine
+from tasks.models import DatastoreFile, DigestName, DownloadedFile, DownloadManifest, VirtualMachine
 from tasks.process import Stopped
 
 PARTS = ".hyper2kvm.parts"
@@ -105,7 +105,8 @@ def still_here(
         return False
     if path.is_symlink() or not path.is_file() or path.stat().st_size != file.size_bytes:
         return False
-    return digest_of(path, scratch=parts_of(folder, file).digests_part, stop=stop) == known.digest
+    scratch = parts_of(folder, file).digests_part
+    return digest_of(path, scratch=scratch, algorithm=algorithm_of(known.digest), stop=stop) == known.digest
 
 
 def is_off(point: str) -> bool:
@@ -113,14 +114,15 @@ def is_off(point: str) -> bool:
     return point.startswith("off")
 
 
-def digest_of(path: Path, *, scratch: Path, stop: threading.Event) -> str:
+def digest_of(path: Path, *, scratch: Path, algorithm: DigestName = "blake3", stop: threading.Event) -> str:
     """Return the digest of a file, read from its first byte to its last. Raises Stopped."""
-    with path.open("rb") as content, Digests.create(scratch, size=path.stat().st_size) as digests:
+    size = path.stat().st_size
+    with path.open("rb") as content, Digests.create(scratch, size=size, algorithm=algorithm) as digests:
         leaf = 0
         while chunk := content.read(LEAF_BYTES):
             if stop.is_set():
                 raise Stopped
-            digests.put(leaf, record_of(chunk))
+            digests.put(leaf, digests.record_of(chunk))
             leaf += 1
         return digests.image_digest()
 

@@ -15,7 +15,7 @@ from typing import Self
 
 from tasks.images.changes import Changes, leaf_extent
 from tasks.images.copy import CLUSTER_BYTES, CopyResult, Limits, copy
-from tasks.images.digests import LEAF_BYTES, Buffer, Digests, record_of
+from tasks.images.digests import LEAF_BYTES, Buffer, Digests
 from tasks.images.writer import Image
 from tasks.models import Extent
 from tasks.rate import Rate
@@ -106,7 +106,7 @@ class _Patched:
         self._image.read_into(whole.start, content)
         with self._lock:
             self.read_here_bytes += whole.length
-        if record_of(content) != self._digests.get(leaf):
+        if self._digests.record_of(content) != self._digests.get(leaf):
             self._changes.doubt(leaf)
             for extent in kept:
                 yield from self._fetched(extent)

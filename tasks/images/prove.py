@@ -14,7 +14,7 @@ from pathlib import Path
 from tasks import process
 from tasks.errors import FileLocked, IntegrityMismatch, InvalidInput, ToolFailed, UnsupportedDisk
 from tasks.images import qemu
-from tasks.images.digests import LEAF_BYTES, Digests, leaf_count
+from tasks.images.digests import LEAF_BYTES, Digests, algorithm_of, leaf_count
 from tasks.images.extents import whole_disk
 from tasks.images.layout import DiskFiles
 from tasks.images.verify import differing, read_back
@@ -106,7 +106,7 @@ def _examined(claim: Claim, progress: Callable[[int], None] | None, stop: thread
     complaint = _complaint(claim, stop)
     with (
         tempfile.TemporaryDirectory(prefix="hyper2kvm-") as scratch,
-        Digests.create(Path(scratch) / "found", size=claim.size_bytes) as found,
+        Digests.create(Path(scratch) / "found", size=claim.size_bytes, algorithm=algorithm_of(claim.digest)) as found,
     ):
         road, bytes_read = _read_into(found, claim, progress, stop)
         verdict, detail, differences = _judged(claim, found)
@@ -145,7 +145,7 @@ def _read_into(
     if not found.size:
         return "direct", 0
     extents = whole_disk(found.size)
-    road = read_back(claim.path, extents, take, format=claim.format, size=found.size, progress=progress, stop=stop)
+    road = read_back(claim.path, extents, take, format=claim.format, like=found, progress=progress, stop=stop)
     return road, sum(counts)
 
 

@@ -38,7 +38,7 @@ def differing_at_source(
     extents = [_extent(leaf, digests.size) for leaf in leaves]
     with (
         tempfile.TemporaryDirectory(prefix="hyper2kvm-") as scratch,
-        Digests.create(Path(scratch) / "found", size=digests.size) as found,
+        Digests.create(Path(scratch) / "found", size=digests.size, algorithm=digests.algorithm) as found,
         _Nowhere(found.path) as nowhere,
     ):
         copy(reader, extents, nowhere, digests=found, progress=progress, stop=stop, rate=rate)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from tasks.images.files import part_of, sync, write_atomically
 from tasks.images.layout import left_overs
-from tasks.models import FORMAT_VERSION, Arrival, Snapshot, Value, VddkSettings, VirtualDisk, VirtualMachine
+from tasks.models import FORMAT_VERSION, Arrival, DigestName, Snapshot, Value, VddkSettings, VirtualDisk, VirtualMachine
 
 STATE = ".hyper2kvm.job.json"
 
@@ -20,9 +20,10 @@ _log = logging.getLogger(__name__)
 class JobState(Value):
     """What a job copies, from which point in time, and which of its disks are here already.
 
-    selection: which of the VM's disks were asked for, in words; "": all. left_out: the others' titles. vddk: how they
-    are read, where that is the road. A run that is killed on it leaves the VM prepared for access, under identities
-    made of the job's id and the disks' numbers (`tasks.road`), until the next run ends that.
+    digest: the hash that content is told by. selection: which of the VM's disks were asked for, in words; "": all.
+    left_out: the others' titles. vddk: how they are read, where that is the road. A run that is killed on it leaves the
+    VM prepared for access, under identities made of the job's id and the disks' numbers (`tasks.road`), until the next
+    run ends that.
     """
 
     version: int = FORMAT_VERSION
@@ -33,6 +34,7 @@ class JobState(Value):
     snapshot: Snapshot | None
     disks: tuple[VirtualDisk, ...]
     arrivals: tuple[Arrival, ...] = ()
+    digest: DigestName = "blake3"
     selection: str = ""
     left_out: tuple[str, ...] = ()
     vddk: VddkSettings | None = None

@@ -19,7 +19,7 @@ from tasks.images import dirty, qemu
 from tasks.images.base import Base, Plan, same_tracking, sound
 from tasks.images.changes import Changes
 from tasks.images.copy import Limits
-from tasks.images.digests import LEAF_BYTES, Digests
+from tasks.images.digests import LEAF_BYTES, Digests, algorithm_of
 from tasks.images.files import write_atomically
 from tasks.images.layout import DiskFiles
 from tasks.images.manifest import write_manifest
@@ -72,7 +72,7 @@ def bring_up_to_date(
     torn = dirty.dirty_leaves(files, size=size)
     if torn:
         qemu.check(folder / base.image.path, format=base.image.format, mend_leaks=True, stop=stop)
-    with _digests(files, size) as digests:
+    with _digests(files, size, base.image.digest) as digests:
         plan = _plan(base, digests, changed, torn=bool(torn))
         changes = plan.changes(size, torn)
         dirty.begin(files, changes.leaves)
@@ -107,13 +107,13 @@ def count(folder: Path, manifest: Manifest, domain_xml: str = "") -> None:
     discard(folder)
 
 
-def _digests(files: DiskFiles, size: int) -> Digests:
+def _digests(files: DiskFiles, size: int, digest: str) -> Digests:
     """Open the sidecar; a new one, of which nothing is believed, where it cannot be used."""
     try:
         return Digests.open(files.digests, writable=True)
     except (FileNotFoundError, InvalidInput) as error:
         log.warning("digests are made anew path=%s error=%s", files.digests, error)
-        return Digests.create(files.digests, size=size)
+        return Digests.create(files.digests, size=size, algorithm=algorithm_of(digest))
 
 
 def _plan(base: Base, digests: Digests, changed: Changed, *, torn: bool) -> Plan:

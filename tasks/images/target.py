@@ -20,7 +20,7 @@ from tasks.images.qemu import check, virtual_size
 from tasks.images.raw import RawWriter
 from tasks.images.verify import compare
 from tasks.images.writer import Writer
-from tasks.models import ArrivalFormat, Extent
+from tasks.models import ArrivalFormat, DigestName, Extent
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ def open_target(
     size: int,
     binding: Mapping[str, str | int],
     format: ArrivalFormat = "raw",
+    algorithm: DigestName = "blake3",
     stop: threading.Event | None = None,
 ) -> Iterator[Target]:
     """Open the target of a disk of `size` bytes for the block: the part of `files` in that format.
@@ -52,11 +53,16 @@ def open_target(
     lets us; those that differ are among the missing. Raises DiskFull, ToolFailed, FileLocked, Stopped.
     """
     part = files.part(format)
-    with Journal.open(files.journal, binding={**binding, "size": size, "format": format}) as journal:
+    bound = {**binding, "size": size, "format": format, "digest": algorithm}
+    with Journal.open(files.journal, binding=bound) as journal:
         kept = _kept(files, format, size, journal, stop)
         if not kept:
             journal.restart()  # first: what it covers is gone with the next step
-        with _writer(part, format, size, anew=not kept) as writer, _digests(files, size, anew=not kept) as digests:
+        anew = not kept
+        with (
+            _writer(part, format, size, anew=anew) as writer,
+            _digests(files, size, algorithm, anew=anew) as digests,
+        ):
             sync(files.folder)
             missing = without(whole_disk(size), kept)
             yield Target(writer, digests, journal, missing, sum(extent.length for extent in kept))
@@ -67,9 +73,9 @@ def _writer(part: Path, format: ArrivalFormat, size: int, *, anew: bool) -> Writ
     return kind.create(part, size=size) if anew else kind.open(part)
 
 
-def _digests(files: DiskFiles, size: int, *, anew: bool) -> Digests:
+def _digests(files: DiskFiles, size: int, algorithm: DigestName, *, anew: bool) -> Digests:
     if anew:
-        return Digests.create(files.digests_part, size=size)
+        return Digests.create(files.digests_part, size=size, algorithm=algorithm)
     return Digests.open(files.digests_part, writable=True)
 
 

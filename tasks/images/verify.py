@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from tasks.errors import IntegrityMismatch
-from tasks.images.digests import LEAF_BYTES, RECORD_BYTES, Digests, leaf_count, record_of
+from tasks.images.digests import LEAF_BYTES, RECORD_BYTES, Buffer, Digests, leaf_count
 from tasks.images.extents import leaf_aligned, pieces, whole_disk
 from tasks.images.pool import Pool
 from tasks.images.qemu import CONNECTIONS, qemu_nbd, takes_direct
@@ -72,7 +72,7 @@ def compare(
         extents,
         take,
         format=format,
-        size=digests.size,
+        like=digests,
         progress=progress,
         stop=stop,
         connections=connections,
@@ -85,24 +85,25 @@ def read_back(
     take: Callable[[Extent, bytes, int], object],
     *,
     format: ImageFormat,
-    size: int,
+    like: Digests,
     progress: Callable[[int], None] | None = None,
     stop: threading.Event | None = None,
     connections: int = CONNECTIONS,
 ) -> Literal["direct", "cached"]:
     """Give `take` the records of `extents` (whole leaves) as the image holds them, piece by piece, in any order.
 
-    size: of the disk, which is checked. take: called by several threads with a piece, its records, and how many of its
-    bytes were read: the others are holes. The rest is as for `verify`, which rests on this.
+    like: of the disk's size, which is checked, and of the hash of the records. take: called by several threads with a
+    piece, its records, and how many of its bytes were read: the others are holes. The rest is as for `verify`, which
+    rests on this.
     """
     direct = takes_direct(path)
     with qemu_nbd(path, format=format, connections=connections) as address, ExitStack() as stack:
         clients = [stack.enter_context(NbdClient(address)) for _ in range(connections)]
-        _check_size(path, clients[0].size, size)
+        _check_size(path, clients[0].size, like.size)
         pool: Pool[Extent] = Pool(stop=stop, interrupt=partial(_interrupt, clients))
 
         def work(client: NbdClient, piece: Extent) -> None:
-            take(piece, *_read(path, client, piece, pool.check))
+            take(piece, *_read(path, client, piece, like.record_of, pool.check))
             if progress:
                 progress(piece.length)
 
@@ -140,12 +141,14 @@ def _check_size(path: Path, there: int, wanted: int) -> None:
         raise IntegrityMismatch(path=str(path), where=f"a disk of {there} bytes, not of {wanted}")
 
 
-def _read(path: Path, client: NbdClient, piece: Extent, check: Callable[[], None]) -> tuple[bytes, int]:
+def _read(
+    path: Path, client: NbdClient, piece: Extent, record_of: Callable[[Buffer], bytes], check: Callable[[], None]
+) -> tuple[bytes, int]:
     """Return the records of a leaf-aligned piece, and how many of its bytes were read."""
     first, read_bytes = piece.start // LEAF_BYTES, 0
     found = bytearray(leaf_count(piece.length) * RECORD_BYTES)
     try:
-        for leaf, record, length in _records_in(client, piece, check):
+        for leaf, record, length in _records_in(client, piece, record_of, check):
             at = (leaf - first) * RECORD_BYTES
             found[at : at + RECORD_BYTES] = record
             read_bytes += length
@@ -156,7 +159,9 @@ def _read(path: Path, client: NbdClient, piece: Extent, check: Callable[[], None
     return bytes(found), read_bytes
 
 
-def _records_in(client: NbdClient, piece: Extent, check: Callable[[], None]) -> Iterator[tuple[int, bytes, int]]:
+def _records_in(
+    client: NbdClient, piece: Extent, record_of: Callable[[Buffer], bytes], check: Callable[[], None]
+) -> Iterator[tuple[int, bytes, int]]:
     """Yield (leaf, record, length in bytes) of every leaf of `piece` that is not a hole."""
     buffer = memoryview(bytearray(REQUEST_BYTES))
     for request in pieces(_allocated(client, piece), REQUEST_BYTES):

@@ -74,10 +74,14 @@ def test_an_export_prints_its_summary_and_ends_with_0(lab, tmp_path, api):
     assert_nothing_left(lab)
 
 
-def test_an_export_with_json_prints_its_manifest(lab, tmp_path, api):
-    words = ("--vs-vm-name", "demo", "--output-dir", str(tmp_path), "--json", "--format", "raw")
+def test_an_export_with_json_prints_its_manifest_and_its_digests_are_of_the_hash_asked_for(lab, tmp_path, api):
+    words = ("--vs-vm-name", "demo", "--output-dir", str(tmp_path), "--json", "--format", "raw", "--digest", "sha256")
     done = run_command(lab, "export-vm", *words, env=api)
-    assert json.loads(done.stdout) == json.loads((tmp_path / "demo" / "manifest.json").read_text())
+    manifest = json.loads(done.stdout)
+    assert manifest == json.loads((tmp_path / "demo" / "manifest.json").read_text())
+    assert all(disk["digest"].startswith("sha256:") for disk in manifest["disks"])
+    verified = run_command(lab, "verify", str(tmp_path / "demo"), env=api)
+    assert verified.returncode == 0, verified.stderr
 
 
 def test_without_a_server_a_temporary_one_is_started_and_ends_with_us(lab, tmp_path):
@@ -160,9 +164,9 @@ def test_a_failure_as_json_has_cause_and_remedy(lab, tmp_path, api):
 
 
 def test_an_action_of_the_source_that_is_not_built_is_refused_by_name(lab):
-    done = run_command(lab, "cbt-sync", "--vs-vm-name", "x", "--output-dir", "/x")
+    done = run_command(lab, "preflight", "--vs-vm-name", "x", "--output-dir", "/x")
     assert done.returncode == 2
-    assert "cbt-sync is not built yet" in done.stderr
+    assert "preflight is not built yet" in done.stderr
 
 
 def test_the_password_comes_from_a_file_and_from_nowhere_else_in_argv(lab, tmp_path):

@@ -1,3 +1,4 @@
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -7,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.errors import InvalidInput
-from tasks.images.digests import HEADER_BYTES, LEAF_BYTES, ZERO_RECORD, Digests, is_zero, leaf_count, record_of
+from tasks.images.digests import (
+    HEADER_BYTES,
+    LEAF_BYTES,
+    ZERO_RECORD,
+    Digests,
+    algorithm_of,
+    is_zero,
+    leaf_count,
+    record_of,
+)
+from tasks.models import DigestName
 from tests.unit.images.fakes import leaves
 
 TIB = 1024**4
@@ -106,3 +117,28 @@ def test_a_sidecar_that_was_cut_short_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(InvalidInput, match="cut short"):
         Digests.open(path)
+
+
+@pytest.mark.parametrize("algorithm", ["blake3", "sha256"])
+def test_the_hash_is_the_sidecars_own(tmp_path: Path, algorithm: DigestName) -> None:
+    leaf, path = b"x" * LEAF_BYTES, tmp_path / "d"
+    with Digests.create(path, size=2 * LEAF_BYTES, algorithm=algorithm) as digests:
+        digests.put(0, digests.record_of(leaf))
+        assert digests.record_of(bytes(LEAF_BYTES)) == ZERO_RECORD
+        told = digests.image_digest()
+    with Digests.open(path) as again:
+        assert (again.algorithm, again.image_digest()) == (algorithm, told)
+        wanted = hashlib.sha256(leaf).digest() if algorithm == "sha256" else blake3(leaf).digest()
+        assert again.get(0) == again.record_of(leaf) == wanted
+    assert told.startswith(f"{algorithm}:")
+    assert algorithm_of(told) == algorithm
+
+
+def test_a_hash_that_this_version_does_not_know_is_refused(tmp_path: Path) -> None:
+    with Digests.create(tmp_path / "d", size=LEAF_BYTES):
+        pass
+    with (tmp_path / "d").open("r+b") as file:
+        file.seek(24)
+        file.write(b"\x07")
+    with pytest.raises(InvalidInput, match="hash number 7"):
+        Digests.open(tmp_path / "d")
