@@ -20,7 +20,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, Self, TypeVar
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import (
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_attempt,
+    wait_random_exponential,
+)
 
 from tasks import tls
 from tasks.errors import (
@@ -111,6 +117,7 @@ class VddkReader:
                 retry=retry_if_exception_type(VddkOutOfMemory),
                 stop=stop_after_attempt(MEMORY_ATTEMPTS),
                 wait=wait_random_exponential(MEMORY_WAIT_S, 30.0),
+                sleep=sleep_using_event(self._stop),
                 reraise=True,
             )
             patience(self._open, stack)
@@ -130,7 +137,7 @@ class VddkReader:
         """Yield the bytes of `extent` in order, the next request under way. See `tasks.reader.Reader`."""
         self._mend()
         wanted = deque(_requests(extent))
-        slots = [self._free.get(), self._free.get()]
+        slots = [self._slot(extent), self._slot(extent)]
         under_way: deque[tuple[Extent, int, Future[Any]]] = deque()
         try:
             while wanted or under_way:
@@ -267,13 +274,23 @@ class VddkReader:
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────
 
+    def _slot(self, extent: Extent) -> int:
+        """Take a slot that nothing is read into. Raises TransferInterrupted where reads never end."""
+        try:
+            return self._free.get(timeout=self._read_timeout_s)
+        except queue.Empty:
+            raise self._no_answer(extent) from None
+
+    def _no_answer(self, extent: Extent) -> TransferInterrupted:
+        why = f"VDDK does not answer for {self._read_timeout_s:.0f} s"
+        return TransferInterrupted(source=self.source, resumable_at=extent.start, why=why)
+
     def _settle(self, request: Extent, reply: Future[Any]) -> None:
         """Wait for a read. Raises TransientFault where the connection was lost: the next one opens the disk anew."""
         try:
             self._result(reply, self._read_timeout_s)
         except TimeoutError as error:
-            why = f"VDDK does not answer for {self._read_timeout_s:.0f} s"
-            raise TransferInterrupted(source=self.source, resumable_at=request.start, why=why) from error
+            raise self._no_answer(request) from error
         except Refused as refused:
             if refused.code not in abi.LOST:
                 raise self._failed(refused.call, self._words(refused)) from refused

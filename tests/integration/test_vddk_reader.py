@@ -313,6 +313,14 @@ def test_a_read_that_never_ends_interrupts_the_transfer(disk, monkeypatch):
             list(reader.stream(Extent(start=0, length=LEAF_BYTES)))
 
 
+def test_where_reads_that_were_given_up_never_end_the_next_one_does_not_wait_forever(disk):
+    with VddkReader(disk, read_timeout_s=0.5) as reader:
+        for _ in range(vddk.SLOTS):
+            reader._free.get()
+        with pytest.raises(TransferInterrupted, match="VDDK does not answer"):
+            list(reader.stream(Extent(start=0, length=LEAF_BYTES)))
+
+
 def test_who_waits_for_a_disk_to_open_is_stopped(disk, monkeypatch):
     monkeypatch.setenv("VIXLAB_STALL_OPEN", "1")
     monkeypatch.setattr(vddk_process, "LEAVE_TIMEOUT_S", 0.5)
