@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.images.digests import LEAF_BYTES
-from tasks.images.extents import check_plan, leaf_aligned, merged, pieces, whole_disk, without
+from tasks.images.extents import check_plan, leaf_aligned, merged, pieces, whole_disk, within, without
 from tasks.models import Extent
 
 SIZE = 20 * LEAF_BYTES + 512
@@ -36,6 +36,16 @@ def test_pieces_are_a_partition_at_leaf_boundaries(parts: list[Extent], piece_by
     assert sum(piece.length for piece in cut) == sum(each.length for each in wide)
     assert all(piece.start % LEAF_BYTES == 0 for piece in cut)
     assert all(piece.length <= max(piece_bytes, LEAF_BYTES) for piece in cut)
+
+
+@given(extents(), extents())
+def test_within_is_what_is_in_both(parts: list[Extent], bounds: list[Extent]) -> None:
+    both = within(parts, bounds)
+    assert list(both) == list(merged(both))
+    assert without(both, parts) == without(both, bounds) == ()
+    assert without(without(parts, bounds), both) == without(parts, bounds)
+    rest = sum(extent.length for extent in without(parts, bounds))
+    assert sum(extent.length for extent in both) + rest == sum(extent.length for extent in merged(parts))
 
 
 def test_an_empty_disk_has_no_extent() -> None:
