@@ -7,6 +7,7 @@ from pathlib import Path
 from prefect import flow
 
 from tasks.boot import check_boot, proven
+from tasks.images.dirty import refuse_torn
 from tasks.images.job import nobody_at_work
 from tasks.job import place_that_stays
 from tasks.models import BootCheck, BootJob
@@ -27,4 +28,5 @@ async def boot_check(options: BootJob) -> BootCheck:
     folder = place_that_stays(options.folder)
     scratch = place_that_stays(Path(options.scratch)) if options.scratch else None
     with nobody_at_work(folder):
+        refuse_torn(folder)
         return proven(await check_boot(folder, options.boot, scratch=scratch), folder)

@@ -48,7 +48,7 @@ async def cbt_sync(vcenter: VCenter, options: SyncJob) -> Manifest:
             await enable_tracking(vcenter, job.vm, job.snapshot_name)
         base = base_of(job.folder)
         if base is None:
-            return await copy_whole(vcenter, job, options.first(), None, Choice())
+            return await copy_whole(vcenter, job, options, None, Choice())
         return await _brought_up_to_date(vcenter, job, base, options)
 
 
@@ -67,7 +67,7 @@ async def _brought_up_to_date(vcenter: VCenter, job: Job, base: Manifest, option
         synced = await side_by_side(calls, at_once=options.parallel_disks)
         await check_snapshot(vcenter, vm, snapshot, disks)
         images = tuple(sorted((each.image for each in synced), key=lambda image: image.index))
-        domain, xml = await describe_domain(state, images, folder, options.first())
+        domain, xml = await describe_domain(state, images, folder, options)
         manifest = manifest_of(vcenter, state, images, domain, quiesce=options.quiesce)
         await commit_sync(manifest, synced, folder, xml)
         return manifest

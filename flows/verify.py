@@ -13,6 +13,7 @@ from blocks import VCenter
 from tasks.connect import connected
 from tasks.disks import Choice, copyable_disks
 from tasks.errors import InvalidInput, SnapshotChanged, SourceChanged
+from tasks.images.dirty import refuse_torn
 from tasks.images.job import nobody_at_work
 from tasks.images.manifest import read_manifest
 from tasks.images.prove import claims_of
@@ -43,6 +44,7 @@ async def verify_copy(options: VerifyJob, vcenter: VCenter | None = None) -> Ver
     """
     started, folder = time.monotonic(), place_that_stays(options.folder)
     with nobody_at_work(folder):
+        refuse_torn(folder)
         manifest = read_manifest(folder)
         source = _asked(options, vcenter, manifest)
         claims = claims_of(folder, manifest)

@@ -914,7 +914,7 @@ class VerifyJob(BaseModel):
     )
 
 
-class SyncJob(JobOptions):
+class SyncJob(DiskJob):
     """Which VM to copy once, and then only what changed of it, and how."""
 
     format: ArrivalFormat = Field(
@@ -930,45 +930,18 @@ class SyncJob(JobOptions):
         "such a VM is refused.",
         examples=[True],
     )
-    quiesce: bool = Field(
-        default=False,
-        title="Quiesce the guest",
-        description="Ask VMware Tools to flush file systems before the snapshot (Windows: VSS).",
-        examples=[True],
-    )
-    allow_crash_consistent: bool = Field(
-        default=False,
-        title="Allow crash-consistent",
-        description="If quiescing fails, take a crash-consistent snapshot instead, and say so in the report.",
-        examples=[False],
-    )
-    parallel_disks: int = Field(
-        default=2,
-        title="Disks at once",
-        description="How many disks of the VM are read side by side.",
-        examples=[2],
-        ge=1,
-        le=16,
-    )
-    skip_readback: bool = Field(
-        default=False,
-        title="Skip reading back",
-        description="Do not read again what was written to verify it. The report says that it was skipped.",
-        examples=[False],
-    )
 
     @property
-    def snapshot_moref(self) -> str:
-        """None that exists: each run takes its own."""
-        return ""
+    def image_format(self) -> ImageFormat:
+        return self.format
+
+    @property
+    def arrival_format(self) -> ArrivalFormat:
+        return self.format
 
     @property
     def chains(self) -> bool:
         return False
-
-    def first(self) -> ExportJob:
-        """Return the export that makes the first copy."""
-        return ExportJob(**self.model_dump(exclude={"enable_cbt"}))
 
 
 class SnapshotWishes(Value):

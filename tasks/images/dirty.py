@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from tasks.errors import InvalidInput
 from tasks.images.extents import leaf_aligned, whole_disk
 from tasks.images.files import sync, write_atomically
 from tasks.images.layout import DiskFiles
@@ -49,6 +50,11 @@ def forget(folder: Path) -> None:
     sync(folder)
 
 
-def torn(folder: Path) -> bool:
-    """Tell whether images of a folder are between two points in time."""
-    return any(folder.glob("disk-*.dirty"))
+def refuse_torn(folder: Path) -> None:
+    """Raise InvalidInput where images of a folder are between two points in time: nothing else may be made of them."""
+    if any(folder.glob("disk-*.dirty")):
+        raise InvalidInput(
+            what=f"copy in {folder}",
+            why="a sync was killed in it, and its images are of no point in time",
+            remedy="Run cbt-sync again, to its end",
+        )

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from tasks.errors import ChangeIdInvalid
+from tasks.errors import ChangeIdInvalid, InvalidInput
 from tasks.images.base import Base
 from tasks.images.copy import Limits, copy
 from tasks.images.digests import LEAF_BYTES, Digests, record_of
-from tasks.images.dirty import begin, torn
+from tasks.images.dirty import begin, refuse_torn
 from tasks.images.extents import merged, whole_disk
 from tasks.images.layout import DiskFiles
 from tasks.images.manifest import read_manifest, write_manifest
@@ -135,7 +135,7 @@ def assert_counts(folder: Path, source: Source) -> None:
         verify(folder / image.path, format=image.format, digests=digests)
     if image.format == "raw":
         assert (folder / image.path).read_bytes() == source.frozen
-    assert not torn(folder)
+    refuse_torn(folder)
     kept = {image.path, "disk-0.digests", "manifest.json"}
     assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == kept
 
@@ -182,6 +182,8 @@ def test_a_leaf_that_a_power_cut_tore_is_fetched_whole_whatever_its_digest_says(
     make_copy(tmp_path, source)
     source.write(LEAF_BYTES * 2, b"changed")
     begin(files, [Extent(start=LEAF_BYTES * 2, length=LEAF_BYTES)])
+    with pytest.raises(InvalidInput, match="no point in time"):
+        refuse_torn(tmp_path)
     ruin = random.Random(1).randbytes(LEAF_BYTES)
     with files.final("raw").open("r+b") as image, Digests.open(files.digests, writable=True) as digests:
         image.seek(LEAF_BYTES * 2)
