@@ -94,7 +94,13 @@ async def _arrived(vcenter: VCenter, job: Job, options: DiskJob, vddk: VddkSetti
             most_bytes=sum(max(0, left) for left in room.values()),
         )
         left_out = tuple(disk.title for disk in there if disk not in disks)
-        chosen = {"digest": options.digest, "selection": choice.words, "left_out": left_out, "vddk": vddk}
+        chosen = {
+            "digest": options.digest,
+            "tracked": options.tracked,
+            "selection": choice.words,
+            "left_out": left_out,
+            "vddk": vddk,
+        }
         state = job.state(snapshot, disks).model_copy(update=chosen)
         await probe(vcenter, state)
         write_state(folder, state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -11,7 +11,7 @@ from tasks.images.copy import CopyResult, Limits, copy
 from tasks.images.extents import leaf_aligned, within
 from tasks.images.layout import DiskFiles
 from tasks.images.target import open_target
-from tasks.models import ArrivalFormat, DigestName
+from tasks.models import ArrivalFormat, DigestName, Extent
 from tasks.rate import RATE
 from tasks.slots import one_of
 from tasks.steps import Meter
@@ -38,22 +38,24 @@ def fetch(
     binding: Mapping[str, str | int],
     format: ArrivalFormat = "raw",
     algorithm: DigestName,
+    allocated: Callable[[], Sequence[Extent] | None] = lambda: None,
     meter: Meter,
     stop: threading.Event,
 ) -> Fetched:
     """Copy what is missing of `source` into the part of `files` in `format`; what an earlier run left is gone on with.
 
     binding: what the bytes are of, down to the point in time. Borrows the process's session, keeps to the run's rate.
-    Where the reader knows what is allocated, nothing else is asked for: a target that began empty reads as zeros there.
+    Where the reader, or else `allocated`, knows what is allocated, nothing else is asked for: a target that began empty
+    reads as zeros there.
     Raises what `copy`, `open_target` and entering the reader raise.
     """
     with (
         opened(source, stop=stop) as reader,
         open_target(files, size=reader.size, binding=binding, format=format, algorithm=algorithm, stop=stop) as target,
     ):
-        wanted = target.missing
-        if isinstance(reader, VddkReader):
-            wanted = within(wanted, leaf_aligned(reader.allocated(), size=reader.size))
+        wanted, there = target.missing, reader.allocated() if isinstance(reader, VddkReader) else allocated()
+        if there is not None:
+            wanted = within(wanted, leaf_aligned(there, size=reader.size))
         meter.expect(sum(extent.length for extent in wanted))
         result = copy(
             reader,

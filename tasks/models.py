@@ -628,7 +628,8 @@ class DiskJob(JobOptions):
     """How the disks of a VM are frozen, copied and checked, in every mode that makes images of them.
 
     image_format, image_compression: of the images; arrival_format: in which the bytes are written as they arrive.
-    chains: whether the road reads what lies in chains of redo logs, not in flat files alone.
+    chains: whether the road reads what lies in chains of redo logs, not in flat files alone. tracked: whether vSphere
+    tracks the VM's changed blocks, and is asked what is allocated at all.
     """
 
     quiesce: bool = Field(
@@ -709,6 +710,10 @@ class DiskJob(JobOptions):
     @property
     def chains(self) -> bool:
         return True
+
+    @property
+    def tracked(self) -> bool:
+        return False
 
 
 class ExportJob(DiskJob):
@@ -942,6 +947,10 @@ class SyncJob(DiskJob):
     @property
     def chains(self) -> bool:
         return False
+
+    @property
+    def tracked(self) -> bool:
+        return True
 
 
 class SnapshotWishes(Value):

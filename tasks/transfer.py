@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+from functools import partial
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from blocks import VCenter
+from tasks.errors import ChangeIdInvalid
 from tasks.fetch import fetch
 from tasks.images.output import DiskFiles
 from tasks.images.state import JobState
-from tasks.models import Arrival, ArrivalFormat, VirtualDisk
+from tasks.models import Arrival, ArrivalFormat, Connection, Extent, VirtualDisk
 from tasks.road import source_of
 from tasks.steps import connection_of, in_thread, metered
+from tasks.vsphere.changes import ALLOCATED, changed_extents
+from tasks.vsphere.session import borrow
+
+log = logging.getLogger(__name__)
 
 
 @task(name="transfer", task_run_name="transfer {job.vm.name} disk {disk.index}", cache_policy=NO_CACHE)
@@ -39,6 +46,7 @@ async def transfer(
             binding=binding,
             format=arrival_format,
             algorithm=job.digest,
+            allocated=partial(_allocated, connection_of(vcenter), job, disk),
             meter=meter,
             stop=stop,
         )
@@ -56,6 +64,18 @@ async def transfer(
         road_reason=result.road_reason,
         seconds=seconds,
     )
+
+
+def _allocated(connection: Connection, job: JobState, disk: VirtualDisk) -> tuple[Extent, ...] | None:
+    """Return what vSphere says is allocated of a tracked disk; None where all of it is to be read."""
+    if not (job.tracked and job.snapshot and disk.change_id):
+        return None
+    try:
+        with borrow(connection) as session:
+            return changed_extents(session, job.vm, job.snapshot, disk, since=ALLOCATED)
+    except ChangeIdInvalid as error:
+        log.warning("all is read, since what is allocated cannot be told disk=%d why=%r", disk.index, error.reason)
+        return None
 
 
 def _binding(job: JobState, disk: VirtualDisk) -> dict[str, str | int]:

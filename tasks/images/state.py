@@ -20,10 +20,10 @@ _log = logging.getLogger(__name__)
 class JobState(Value):
     """What a job copies, from which point in time, and which of its disks are here already.
 
-    digest: the hash that content is told by. selection: which of the VM's disks were asked for, in words; "": all.
-    left_out: the others' titles. vddk: how they are read, where that is the road. A run that is killed on it leaves the
-    VM prepared for access, under identities made of the job's id and the disks' numbers (`tasks.road`), until the next
-    run ends that.
+    digest: the hash that content is told by. tracked: vSphere is asked what of the disks is allocated. selection: which
+    of the VM's disks were asked for, in words; "": all. left_out: the others' titles. vddk: how they are read, where
+    that is the road. A run killed on it leaves the VM prepared for access, under identities made of the job's id
+    and the disks' numbers (`tasks.road`), until the next run ends that.
     """
 
     version: int = FORMAT_VERSION
@@ -35,6 +35,7 @@ class JobState(Value):
     disks: tuple[VirtualDisk, ...]
     arrivals: tuple[Arrival, ...] = ()
     digest: DigestName = "blake3"
+    tracked: bool = False
     selection: str = ""
     left_out: tuple[str, ...] = ()
     vddk: VddkSettings | None = None

@@ -86,6 +86,16 @@ async def test_each_run_brings_the_copy_up_to_now_and_fetches_only_what_changed(
     assert_nothing_left(lab)
 
 
+@pytest.mark.parametrize(("star", "share"), [("allocated", 0.75), ("whole", 1.0), ("fail", 1.0)])
+async def test_of_a_first_copy_only_what_is_allocated_is_read_where_vsphere_can_tell(lab, tmp_path, star, share):
+    with faults(lab, cbt={"star": star}):
+        manifest = await sync(lab, tmp_path)
+    read, size = manifest.disks[0].bytes_transferred, manifest.disks[0].virtual_size
+    assert read <= share * size
+    assert (read == size) is (share == 1.0)
+    assert_equal_to_the_guests_disks(lab, manifest, tmp_path / "tracked", tmp_path)
+
+
 async def test_a_run_in_which_nothing_changed_fetches_nothing(lab, tmp_path):
     await sync(lab, tmp_path)
     lab.post("/stats/reset")
