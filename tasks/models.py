@@ -489,8 +489,6 @@ class ExportTransport(StrEnum):
     vddk = "vddk"
 
 
-EXPORT_MODES = ("export", "download_only", "cbt_sync")
-
 SLOWEST_BYTES_PER_S = 64 * 1024
 
 OptionalText = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value or "")]
@@ -962,7 +960,7 @@ class SnapshotWishes(Value):
     chains: bool = False
 
 
-MODES = ("export", "download_only", "vddk_download")
+EXPORT_MODES = ("export", "download_only", "vddk_download", "cbt_sync")
 
 
 class ExportOptions(BaseModel):

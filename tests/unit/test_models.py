@@ -11,6 +11,7 @@ from tasks.models import (
     DownloadJob,
     ExportJob,
     ExportOptions,
+    SyncJob,
     Trust,
     VddkJob,
     normalise_thumbprint,
@@ -96,7 +97,7 @@ def test_the_sources_options_become_the_modes_own():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("export_mode", "cbt_sync"), ("transport", "ssh"), ("transport", "nfc_lease")],
+    [("export_mode", "warm_migration"), ("transport", "ssh"), ("transport", "nfc_lease")],
 )
 def test_what_is_not_built_is_refused_by_name(field, value):
     with pytest.raises(NotBuilt, match=f"{value}.*is not built yet"):
@@ -106,6 +107,13 @@ def test_what_is_not_built_is_refused_by_name(field, value):
 def test_an_option_that_is_not_built_is_refused_by_name():
     with pytest.raises(NotBuilt, match="vddk_concurrency"):
         ExportOptions(vm_name="web", output_dir="/data", vddk_concurrency=3)
+
+
+def test_the_mode_of_cbt_writes_raw_unless_told_otherwise():
+    options = ExportOptions(vm_name="web", output_dir="/data", export_mode="cbt_sync", enable_cbt=True)
+    assert options.job() == SyncJob(vm_name="web", output_dir="/data", enable_cbt=True, format="raw")
+    with pytest.raises(ValidationError):
+        options.model_copy(update={"format": "vmdk"}).job()
 
 
 def test_each_mode_gets_its_own_options():

@@ -97,7 +97,7 @@ def assert_complete(files: DiskFiles, form: ArrivalFormat = "raw", content: byte
 
 
 def covered(files: DiskFiles, form: ArrivalFormat = "raw", size: int = len(CONTENT)) -> tuple[Extent, ...]:
-    with Journal.open(files.journal, binding={**BINDING, "size": size, "format": form}) as journal:
+    with Journal.open(files.journal, binding={**BINDING, "size": size, "format": form, "digest": "blake3"}) as journal:
         return journal.covered
 
 
