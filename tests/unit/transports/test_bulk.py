@@ -72,8 +72,12 @@ def connect(
         raise
 
 
-def client(context: ssl.SSLContext, *, connections: int, timeout_s: float) -> httpx.Client:
-    return bulk.client(bulk.BulkTransport(bulk.Shared(context), connections=connections), timeout_s=timeout_s)
+@contextmanager
+def client(context: ssl.SSLContext, *, connections: int, timeout_s: float) -> Iterator[httpx.Client]:
+    """A client that shares with nobody: its connections end with it."""
+    with closing(bulk.Shared(context)) as shared:
+        with bulk.client(bulk.BulkTransport(shared, connections=connections), timeout_s=timeout_s) as asking:
+            yield asking
 
 
 def read(stream: bulk.BulkStream, timeout: float = 10, *, size: int = 65536) -> bytes:
