@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 from tasks import process
-from tasks.errors import NotDefined
+from tasks.errors import NotDefined, ToolFailed
 
 PACKAGE = "libvirt-clients"
-ANSWER_S = 60.0
+ANSWER_S = 300.0  # a libvirtd that was just started asks every QEMU what it can, for minutes on a busy machine
 MOST_LINES = 100_000  # of a list of domains
 
 
@@ -50,4 +51,9 @@ def _files(uri: str, uuid: str) -> list[Path]:
 
 def _virsh(uri: str, *words: str) -> str:
     argv = ["virsh", "--quiet", "--connect", uri, *words]
-    return process.run(argv, timeout_s=ANSWER_S, package=PACKAGE, keep_lines=MOST_LINES)
+    try:
+        return process.run(argv, timeout_s=ANSWER_S, package=PACKAGE, keep_lines=MOST_LINES)
+    except TimeoutError as error:
+        remedy = f"See that libvirt answers: virsh --connect {uri} list"
+        lines = (f"{words[0]} had no answer within {ANSWER_S:.0f} s",)
+        raise ToolFailed(argv=tuple(argv), status=-signal.SIGKILL, last_lines=lines, remedy=remedy) from error
