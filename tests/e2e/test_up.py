@@ -272,7 +272,12 @@ def test_the_form_in_the_browser_starts_an_export(product: Product, busy_guest: 
 def test_a_boot_check_shows_the_screen(product: Product, tmp_path: Path) -> None:
     """The lab's disks begin with a boot sector that says so."""
     product.await_state(product.start(tmp_path / "exports"), "Completed")
-    parameters = {"options": {"folder": str(tmp_path / "exports" / VM), "boot": {"expect": "HYPER2KVM BOOT OK"}}}
+    parameters = {
+        "options": {
+            "folder": str(tmp_path / "exports" / VM),
+            "boot": {"expect": "HYPER2KVM BOOT OK", "accelerator": "tcg"},
+        }
+    }
     deployment = product.deployment("boot-check")["id"]
     run = str(product.api(f"deployments/{deployment}/create_flow_run", parameters=parameters)["id"])
     product.await_state(run, "Completed")
