@@ -45,7 +45,7 @@ TIMEOUT_S = 10.0  # of connecting, of a read and of a write: longer than a stun 
 BUFFER_BYTES = 1024 * 1024  # four leaves
 REQUEST_BYTES = 32 * 1024 * 1024
 TICKET_BYTES = 1024 * 1024 * 1024  # of a request that is worth a ticket
-PROBE_ATTEMPTS = 4
+PROBE_ATTEMPTS = 8  # a busy vCenter answers 503 for seconds, and a run that it ends here was not worth beginning
 PROBE_WAIT_S = 1.0  # doubles, at random
 LONGEST_RETRY_AFTER_S = 30.0
 TRANSIENT = (408, 429, 500, 502, 503, 504)
@@ -271,7 +271,7 @@ class FolderReader:
         sector = Extent(start=0, length=min(SECTOR_BYTES, self.size))
         patience = Retrying(
             retry=retry_if_exception_type(TransientFault) & retry_if_not_exception_type(_ServerError),
-            stop=stop_after_attempt(PROBE_ATTEMPTS) | stop_after_delay(self._timeout_s),
+            stop=stop_after_attempt(PROBE_ATTEMPTS) | stop_after_delay(4 * self._timeout_s),
             wait=wait_random_exponential(PROBE_WAIT_S, 5.0),
             reraise=True,
         )
