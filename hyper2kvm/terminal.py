@@ -28,6 +28,7 @@ from tasks.models import (
     ExportJob,
     JobOptions,
     Manifest,
+    SyncJob,
     Verification,
 )
 from tasks.text import one_line
@@ -116,7 +117,8 @@ def summary(manifest: Manifest | DownloadManifest, job: JobOptions, seconds: flo
     if isinstance(manifest, DownloadManifest):
         return _download_summary(manifest, output_dir, seconds)
     moved = sum(image.bytes_transferred for image in manifest.disks)
-    lines = [f"Exported {manifest.vm.name} ({manifest.vm.moref}) to {output_dir / safe_name(manifest.vm.name)}"]
+    done = "Synced" if isinstance(job, SyncJob) else "Exported"
+    lines = [f"{done} {manifest.vm.name} ({manifest.vm.moref}) to {output_dir / safe_name(manifest.vm.name)}"]
     for image in manifest.disks:
         what = f"{image.virtual_size / MIB:,.0f} MiB, {image.format} {_passes(image)}"
         lines.append(f"  {image.path}  {what}, read back: {image.verified}, {image.digest}")
