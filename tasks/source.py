@@ -12,6 +12,7 @@ from prefect.logging import get_run_logger
 
 from blocks import VCenter
 from tasks.errors import InvalidInput, SourceChanged
+from tasks.fetch import reader_of
 from tasks.images.digests import LEAF_BYTES, Digests
 from tasks.images.layout import DiskFiles
 from tasks.images.sample import chosen_leaves, differing_at_source
@@ -25,7 +26,7 @@ from tasks.models import (
     VirtualMachine,
 )
 from tasks.steps import Meter, connection_of, in_thread, metered, on_vcenter
-from tasks.transports.folder import FolderDisk, FolderReader
+from tasks.transports.folder import FolderDisk
 from tasks.vsphere.browse import vm_files
 from tasks.vsphere.session import Session, borrow
 from tasks.vsphere.snapshots import existing_snapshot
@@ -129,6 +130,6 @@ def _sampled(
     with (
         Digests.open(sidecar) as digests,
         borrow(connection) as session,
-        FolderReader(source, cookie=lambda: session.cookie, renew=session.renew) as reader,
+        reader_of(source, session, by_ticket=False) as reader,  # leaves are too small for tickets
     ):
         return differing_at_source(reader, digests, leaves, progress=meter.add, stop=stop)

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from pydantic import SecretStr
+
+from tasks.models import Connection, Trust
 
 ROOT = Path(__file__).resolve().parents[1]
 BINARY = ROOT / "build" / "lab"
@@ -63,6 +66,17 @@ class Lab:
     def environment(self) -> dict[str, str]:
         """Return what the command line takes from the environment to log in here."""
         return {"VCENTER_PASSWORD": self.password, "VCENTER_CA_FILE": str(self.ca_file)}
+
+    def connection(self, **changes: Any) -> Connection:
+        """Return what logs in here, as the rooms below the steps take it."""
+        fields = {
+            "host": self.host,
+            "port": self.port,
+            "username": self.username,
+            "password": SecretStr(self.password),
+            "trust": Trust(ca_pem=self.ca_pem),
+        }
+        return Connection(**(fields | changes))
 
     def govc_environment(self) -> dict[str, str]:
         """Return what govc takes from the environment to log in here."""

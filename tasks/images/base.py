@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from tasks.errors import CopyUnfit
 from tasks.images.changes import Changes, closed_up, everything
 from tasks.images.digests import Digests
 from tasks.images.layout import DiskFiles
 from tasks.images.manifest import MANIFEST, read_manifest
-from tasks.models import DiskImage, Extent, Manifest, Value, VirtualDisk, VirtualMachine
+from tasks.models import ArrivalFormat, DiskImage, Extent, Manifest, Value, VirtualDisk, VirtualMachine
 
 GAP_BYTES = 128 * 1024  # what a request more costs over a network of a millisecond and 100 MB/s
-SYNCED = ("raw", "qcow2")
+SYNCED = get_args(ArrivalFormat)
 
 
 class Base(Value):

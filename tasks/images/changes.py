@@ -7,11 +7,11 @@ here already, unless it is in doubt.
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 
 from tasks.images.digests import LEAF_BYTES
-from tasks.images.extents import leaf_aligned, merged, whole_disk, without
+from tasks.images.extents import leaf_aligned, leaf_extent, merged, whole_disk, without
 from tasks.models import Extent
 
 
@@ -61,11 +61,10 @@ class Changes:
 
     def within(self, window: Extent) -> Sequence[Extent]:
         """Return what is fetched of a window, sorted."""
-        at = max(bisect_right(self._starts, window.start) - 1, 0)
+        first = max(bisect_right(self._starts, window.start) - 1, 0)
         found = []
-        for extent in self._extents[at:]:
-            if extent.start >= window.end:
-                break
+        for at in range(first, bisect_left(self._starts, window.end)):
+            extent = self._extents[at]
             if (start := max(extent.start, window.start)) < (end := min(extent.end, window.end)):
                 found.append(Extent(start=start, length=end - start))
         return merged([*found, *self._doubted_within(window)]) if self._doubtful else found
@@ -87,9 +86,3 @@ class Changes:
 def everything(size: int) -> Changes:
     """Return all of a disk as changes."""
     return Changes(whole_disk(size), size=size)
-
-
-def leaf_extent(leaf: int, *, size: int) -> Extent:
-    """Return where a leaf of a disk of `size` bytes lies; the last one may be short."""
-    start = leaf * LEAF_BYTES
-    return Extent(start=start, length=min(LEAF_BYTES, size - start))

@@ -9,6 +9,12 @@ from tasks.images.digests import LEAF_BYTES
 from tasks.models import Extent
 
 
+def leaf_extent(leaf: int, *, size: int) -> Extent:
+    """Return where a leaf of a disk of `size` bytes lies; the last one may be short."""
+    start = leaf * LEAF_BYTES
+    return Extent(start=start, length=min(LEAF_BYTES, size - start))
+
+
 def whole_disk(size: int) -> tuple[Extent, ...]:
     """Return the extents of all of a disk of `size` bytes: one, or none where it is empty."""
     return (Extent(start=0, length=size),) if size else ()

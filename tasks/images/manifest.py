@@ -18,9 +18,11 @@ FINISHED = "Name a folder that a finished run has written"
 NAMES_TOLD = 10
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> Path:
-    """Commit `manifest` in `folder`, by rename; return its path."""
+def write_manifest(folder: Path, manifest: Manifest, domain_xml: str = "") -> Path:
+    """Commit `manifest` in `folder`, by rename, the domain that it names before it; return its path."""
     path = folder / MANIFEST
+    if manifest.domain:
+        write_atomically(folder / manifest.domain.path, domain_xml)
     write_atomically(path, manifest.model_dump_json(indent=2) + "\n")
     return path
 

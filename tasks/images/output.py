@@ -7,7 +7,7 @@ from typing import get_args
 
 from tasks.errors import OutputExists
 from tasks.images.domain import DOMAIN
-from tasks.images.files import publish, sync, write_atomically
+from tasks.images.files import publish, sync
 from tasks.images.layout import DiskFiles
 from tasks.images.manifest import MANIFEST, write_manifest
 from tasks.images.state import JobState, discard
@@ -45,9 +45,7 @@ def land_all(folder: Path, manifest: Manifest, domain_xml: str) -> None:
         _name(files.digests_part, files.digests)
         _name(files.unnamed(image.format, converted=image.converted), files.final(image.format))
     sync(folder)
-    if manifest.domain:
-        write_atomically(folder / manifest.domain.path, domain_xml)
-    write_manifest(folder, manifest)
+    write_manifest(folder, manifest, domain_xml)
     discard(folder)
 
 

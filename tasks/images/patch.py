@@ -13,9 +13,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Self
 
-from tasks.images.changes import Changes, leaf_extent
+from tasks.images.changes import Changes
 from tasks.images.copy import CLUSTER_BYTES, CopyResult, Limits, copy
 from tasks.images.digests import LEAF_BYTES, Buffer, Digests
+from tasks.images.extents import leaf_extent
 from tasks.images.writer import Image
 from tasks.models import Extent
 from tasks.rate import Rate

@@ -15,7 +15,7 @@ from tasks import process
 from tasks.errors import FileLocked, IntegrityMismatch, InvalidInput, ToolFailed, UnsupportedDisk
 from tasks.images import qemu
 from tasks.images.digests import LEAF_BYTES, Digests, algorithm_of, leaf_count
-from tasks.images.extents import whole_disk
+from tasks.images.extents import leaf_extent, whole_disk
 from tasks.images.layout import DiskFiles
 from tasks.images.verify import differing, read_back
 from tasks.models import (
@@ -184,9 +184,8 @@ def _compared(found: Digests, known: Digests) -> _Differences:
     first: list[Extent] = []
     for leaf in _differing_leaves(found, known):
         leaves += 1
-        start = leaf * LEAF_BYTES
-        extent = Extent(start=start, length=min(LEAF_BYTES, found.size - start))
-        if first and first[-1].end == start:
+        extent = leaf_extent(leaf, size=found.size)
+        if first and first[-1].end == extent.start:
             first[-1] = Extent(start=first[-1].start, length=extent.end - first[-1].start)
         elif len(first) < RANGES_TOLD:
             first.append(extent)

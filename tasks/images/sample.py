@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Self
 
 from tasks.images.copy import copy
-from tasks.images.digests import LEAF_BYTES, Buffer, Digests, leaf_count
-from tasks.models import Extent
+from tasks.images.digests import Buffer, Digests, leaf_count
+from tasks.images.extents import leaf_extent
 from tasks.rate import Rate
 from tasks.reader import Reader
 
@@ -35,7 +35,7 @@ def differing_at_source(
 
     Nothing of what is read is kept. Raises what `copy` raises.
     """
-    extents = [_extent(leaf, digests.size) for leaf in leaves]
+    extents = [leaf_extent(leaf, size=digests.size) for leaf in leaves]
     with (
         tempfile.TemporaryDirectory(prefix="hyper2kvm-") as scratch,
         Digests.create(Path(scratch) / "found", size=digests.size, algorithm=digests.algorithm) as found,
@@ -43,11 +43,6 @@ def differing_at_source(
     ):
         copy(reader, extents, nowhere, digests=found, progress=progress, stop=stop, rate=rate)
         return tuple(leaf for leaf in leaves if found.get(leaf) != digests.get(leaf))
-
-
-def _extent(leaf: int, size: int) -> Extent:
-    start = leaf * LEAF_BYTES
-    return Extent(start=start, length=min(LEAF_BYTES, size - start))
 
 
 class _Nowhere:

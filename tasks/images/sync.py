@@ -14,20 +14,18 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from tasks.errors import ChangeIdInvalid, IntegrityMismatch, InvalidInput
+from tasks.errors import ChangeIdInvalid, InvalidInput
 from tasks.images import dirty, qemu
 from tasks.images.base import Base, Plan, same_tracking, sound
 from tasks.images.changes import Changes
 from tasks.images.copy import Limits
-from tasks.images.digests import LEAF_BYTES, Digests, algorithm_of
-from tasks.images.files import write_atomically
+from tasks.images.digests import Digests, algorithm_of
 from tasks.images.layout import DiskFiles
 from tasks.images.manifest import write_manifest
 from tasks.images.patch import PatchResult, patch
-from tasks.images.qcow2 import Qcow2Writer
-from tasks.images.raw import RawWriter
 from tasks.images.state import discard
-from tasks.images.verify import compare
+from tasks.images.target import WRITERS
+from tasks.images.verify import verify
 from tasks.models import DiskImage, Extent, Manifest, ReadBack, Value
 from tasks.rate import Rate
 from tasks.reader import Reader
@@ -68,18 +66,17 @@ def bring_up_to_date(
     What was written is read back, unless skipped. The image is torn from here on, until `count`. expect, progress: told
     how many bytes there are to do, and how many were done. Raises what `patch` raises.
     """
-    files, size = base.files(folder), base.disk.capacity_bytes
+    files, path, form, size = base.files(folder), folder / base.image.path, base.image.format, base.disk.capacity_bytes
     torn = dirty.dirty_leaves(files, size=size)
     if torn:
-        qemu.check(folder / base.image.path, format=base.image.format, mend_leaks=True, stop=stop)
+        qemu.check(path, format=form, mend_leaks=True, stop=stop)
     with _digests(files, size, base.image.digest) as digests:
         plan = _plan(base, digests, changed, torn=bool(torn))
         changes = plan.changes(size, torn)
         dirty.begin(files, changes.leaves)
         if expect:
             expect(sum(leaf.length for leaf in changes.leaves))
-        kind = RawWriter if base.image.format == "raw" else Qcow2Writer
-        with kind.open(folder / base.image.path) as image:
+        with WRITERS[form].open(path) as image:
             result = patch(
                 reader,
                 image,
@@ -91,7 +88,9 @@ def bring_up_to_date(
                 stop=stop,
                 rate=rate,
             )
-        verified = "skipped" if skip_readback else _read_back(base, folder, digests, changes, stop)
+        verified: ReadBack = "skipped"
+        if not skip_readback:
+            verified = verify(path, format=form, digests=digests, extents=changes.leaves, stop=stop)
     return _synced(base, plan, changes, result, verified)
 
 
@@ -100,9 +99,7 @@ def count(folder: Path, manifest: Manifest, domain_xml: str = "") -> None:
 
     May be killed anywhere. Raises DiskFull, and then they are as torn as before.
     """
-    if manifest.domain:
-        write_atomically(folder / manifest.domain.path, domain_xml)
-    write_manifest(folder, manifest)
+    write_manifest(folder, manifest, domain_xml)
     dirty.forget(folder)
     discard(folder)
 
@@ -126,15 +123,6 @@ def _plan(base: Base, digests: Digests, changed: Changed, *, torn: bool) -> Plan
             why = str(error.reason)
     log.warning("all is read, and what differs is written path=%s why=%r", base.image.path, why)
     return Plan(changed=None, why=why)
-
-
-def _read_back(base: Base, folder: Path, digests: Digests, changes: Changes, stop: threading.Event | None) -> ReadBack:
-    path, wrong = folder / base.image.path, list[int]()
-    road = compare(path, changes.leaves, wrong.append, format=base.image.format, digests=digests, stop=stop)
-    if wrong:
-        where = f"{len(wrong)} of the leaves just written differ, the first at byte {min(wrong) * LEAF_BYTES}"
-        raise IntegrityMismatch(path=str(path), where=where)
-    return road
 
 
 def _synced(base: Base, plan: Plan, changes: Changes, result: PatchResult, verified: ReadBack) -> Synced:

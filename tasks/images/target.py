@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.errors import IntegrityMismatch, InvalidInput, UnsupportedDisk
-from tasks.images.digests import LEAF_BYTES, Digests
-from tasks.images.extents import whole_disk, without
+from tasks.images.digests import Digests
+from tasks.images.extents import leaf_extent, whole_disk, without
 from tasks.images.files import sync
 from tasks.images.journal import Journal
 from tasks.images.layout import DiskFiles
@@ -21,6 +21,8 @@ from tasks.images.raw import RawWriter
 from tasks.images.verify import compare
 from tasks.images.writer import Writer
 from tasks.models import ArrivalFormat, DigestName, Extent
+
+WRITERS: dict[str, type[RawWriter] | type[Qcow2Writer]] = {"raw": RawWriter, "qcow2": Qcow2Writer}
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +71,7 @@ def open_target(
 
 
 def _writer(part: Path, format: ArrivalFormat, size: int, *, anew: bool) -> Writer:
-    kind = RawWriter if format == "raw" else Qcow2Writer
+    kind = WRITERS[format]
     return kind.create(part, size=size) if anew else kind.open(part)
 
 
@@ -86,17 +88,12 @@ def _kept(
     part = files.part(format)
     if not journal.covered or not _usable(files, format, size, stop):
         return ()
-    bad: list[Extent] = []
+    bad: list[int] = []
     with Digests.open(files.digests_part) as digests:
-
-        def differs(leaf: int) -> None:
-            start = leaf * LEAF_BYTES
-            bad.append(Extent(start=start, length=min(LEAF_BYTES, size - start)))
-
-        compare(part, journal.covered, differs, format=format, digests=digests, stop=stop)
+        compare(part, journal.covered, bad.append, format=format, digests=digests, stop=stop)
     if bad:
         _log.warning("kept leaves differ and are fetched again path=%s leaves=%d", part, len(bad))
-    return without(journal.covered, bad)
+    return without(journal.covered, (leaf_extent(leaf, size=size) for leaf in bad))
 
 
 def _usable(files: DiskFiles, format: ArrivalFormat, size: int, stop: threading.Event | None) -> bool:

@@ -26,20 +26,27 @@ def verify(
     *,
     format: ImageFormat,
     digests: Digests,
+    extents: Iterable[Extent] | None = None,
     progress: Callable[[int], None] | None = None,
     stop: threading.Event | None = None,
     connections: int = CONNECTIONS,
 ) -> Literal["direct", "cached"]:
     """Read `path` back and compare it with `digests`; return whether that went past the page cache.
 
-    Only what is allocated is read; what is not must have a zero record. progress: called with the bytes done since
-    the last call, holes included. Raises IntegrityMismatch (how many leaves differ, and the first), ToolFailed,
-    Stopped. qemu-nbd serves the image, and ends with the thread that calls.
+    extents: whole leaves; None: all of it. Only what is allocated is read; what is not must have a zero record.
+    progress: called with the bytes done since the last call, holes included. Raises IntegrityMismatch (how many leaves
+    differ, and the first), ToolFailed, Stopped. qemu-nbd serves the image, and ends with the thread that calls.
     """
     bad = _Count()
-    whole = whole_disk(digests.size)
     road = compare(
-        path, whole, bad.add, format=format, digests=digests, progress=progress, stop=stop, connections=connections
+        path,
+        whole_disk(digests.size) if extents is None else extents,
+        bad.add,
+        format=format,
+        digests=digests,
+        progress=progress,
+        stop=stop,
+        connections=connections,
     )
     if bad.leaves:
         where = f"{bad.leaves} leaves of {LEAF_BYTES} bytes differ, the first at byte {bad.first * LEAF_BYTES}"

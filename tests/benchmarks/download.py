@@ -13,9 +13,6 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from pydantic import SecretStr
-
-from tasks.models import Connection, Trust
 from tasks.vsphere.session import borrow
 from tests.benchmarks import nginx
 from tests.benchmarks.measure import (
@@ -68,7 +65,7 @@ def from_nginx(scratch: Path) -> list[Row]:
 def from_lab(scratch: Path) -> list[Row]:
     vm = {"name": "off", "power": "off", "disks": [{"size": DISK_BYTES, "data": DISK_BYTES}]}
     site = {"datacenters": [{"name": "DC", "clusters": [{"name": "c", "hosts": ["esx1"]}], "vms": [vm]}]}
-    with running_lab(scenario=site) as lab, borrow(connection_to(lab)) as session:
+    with running_lab(scenario=site) as lab, borrow(lab.connection()) as session:
         cookie = session.cookie.partition(";")[0].strip()
         contenders = server(lab.address, lab.ca_file, ["off/off"], DISK_BYTES, cookie=cookie)
         contenders["govc datastore.download"] = lambda target: govc(lab, target)
@@ -126,13 +123,3 @@ def random_file(path: Path, size: int) -> None:
             file.write(noise[: size - at])
         file.flush()
         os.fsync(file.fileno())
-
-
-def connection_to(lab: Lab) -> Connection:
-    return Connection(
-        host=lab.host,
-        port=lab.port,
-        username=lab.username,
-        password=SecretStr(lab.password),
-        trust=Trust(ca_pem=lab.ca_pem),
-    )

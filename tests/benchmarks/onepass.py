@@ -18,7 +18,6 @@ from pathlib import Path
 
 from tasks.images.qemu import qemu_nbd
 from tasks.vsphere.session import borrow
-from tests.benchmarks.download import connection_to
 from tests.benchmarks.measure import (
     DISK_BYTES,
     GIB,
@@ -45,7 +44,7 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory(dir=ROOT / "build") as scratch,
         running_lab(scenario=SITE) as lab,
-        borrow(connection_to(lab)) as session,
+        borrow(lab.connection()) as session,
     ):
         cookie = session.cookie.partition(";")[0].strip()
 

@@ -17,7 +17,6 @@ from tasks.vsphere import machine, session
 from tasks.vsphere.disks import live_disks
 from tests.domains import SCENARIO, TEN, described
 from tests.e2e.libvirtd import private_libvirt, virsh
-from tests.integration.test_control_plane import connection_to
 from tests.labs import running_lab
 from tests.runs import export
 
@@ -46,7 +45,7 @@ def for_any_machine(domain_xml: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def live(lab):
-    with session.borrow(connection_to(lab)) as borrowed:
+    with session.borrow(lab.connection()) as borrowed:
         yield borrowed
 
 

@@ -199,7 +199,7 @@ async def test_an_export_is_a_base_too_and_what_is_none_is_refused_by_name(lab, 
 
 POINTS = {
     "snapshot taken, nothing changed here": "tasks.images.dirty:begin:before",
-    "torn: written, not read back": "tasks.images.sync:_read_back:before",
+    "torn: written, not read back": "tasks.images.sync:verify:before",
     "all disks durable, before the manifest": "tasks.images.sync:write_manifest:before",
     "after the manifest, the snapshot still there": "tasks.images.sync:write_manifest:after",
 }

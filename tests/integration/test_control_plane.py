@@ -7,10 +7,8 @@ import subprocess
 import threading
 
 import pytest
-from pydantic import SecretStr
 
 from tasks import errors
-from tasks.models import Connection, Trust
 from tasks.vsphere import lookup, machine, session, snapshots
 from tasks.vsphere.disks import check_unchanged, snapshot_disks
 from tests.labs import running_lab
@@ -51,17 +49,6 @@ def site():
         yield lab
 
 
-def connection_to(lab, **changes) -> Connection:
-    fields = {
-        "host": lab.host,
-        "port": lab.port,
-        "username": lab.username,
-        "password": SecretStr(lab.password),
-        "trust": Trust(ca_pem=lab.ca_pem),
-    }
-    return Connection(**(fields | changes))
-
-
 def calls_of(lab, live, wanted: str) -> dict[str, int]:
     lab.post("/stats/reset")
     machine.describe_vm(live, lookup.find_vm(live, wanted))
@@ -72,7 +59,7 @@ def test_a_lookup_costs_as_many_calls_among_40_vms_as_alone(site):
     with running_lab(scenario=CROWD) as crowd:
         counts = []
         for lab in (site, crowd):
-            with session.borrow(connection_to(lab)) as live:
+            with session.borrow(lab.connection()) as live:
                 vm = machine.describe_vm(live, lookup.find_vm(live, "web"))
                 counts.append(
                     {
@@ -90,7 +77,7 @@ def test_a_lookup_costs_as_many_calls_among_40_vms_as_alone(site):
 
 
 def test_a_list_in_pages_has_every_vm_once(monkeypatch):
-    with running_lab(scenario=CROWD) as crowd, session.borrow(connection_to(crowd)) as live:
+    with running_lab(scenario=CROWD) as crowd, session.borrow(crowd.connection()) as live:
         monkeypatch.setattr("tasks.vsphere.properties.PAGE_OBJECTS", 7)
         pages = list(lookup.list_vms(live))
         assert max(len(page) for page in pages) <= 7
@@ -103,7 +90,7 @@ def test_threads_share_one_session_and_the_last_one_ends_it(site):
     here = threading.Barrier(4)
 
     def work() -> None:
-        with session.borrow(connection_to(site)) as live:
+        with session.borrow(site.connection()) as live:
             here.wait(20)
             lookup.find_vm(live, "web")
             here.wait(20)
@@ -118,7 +105,7 @@ def test_threads_share_one_session_and_the_last_one_ends_it(site):
 
 
 def test_a_session_that_died_is_renewed_once_for_all(site):
-    with session.borrow(connection_to(site)) as live:
+    with session.borrow(site.connection()) as live:
         site.post("/stats/reset")
         site.post("/faults", expire_sessions=True)
         assert lookup.find_vm(live, "/europe/north/DC0/vm/prod/web")
@@ -128,7 +115,7 @@ def test_a_session_that_died_is_renewed_once_for_all(site):
 
 
 def test_a_session_that_cannot_be_renewed_is_named(site):
-    with session.borrow(connection_to(site)) as live:
+    with session.borrow(site.connection()) as live:
         site.post("/faults", expire_forever=True)
         with pytest.raises(errors.SessionExpired):
             lookup.find_vm(live, "web")
@@ -139,14 +126,14 @@ def test_a_session_that_cannot_be_renewed_is_named(site):
 @pytest.mark.parametrize("fault", ["HostCommunication", "TaskInProgress"])
 def test_a_transient_fault_is_asked_again(site, fault):
     with (
-        session.borrow(connection_to(site)) as live,
+        session.borrow(site.connection()) as live,
         faults(site, fail_method={"method": "FindByInventoryPath", "fault": fault, "count": 2}),
     ):
         assert lookup.find_vm(live, "/europe/north/DC0/vm/prod/web")
 
 
 def test_a_fault_that_is_not_transient_is_not_asked_again(site):
-    with session.borrow(connection_to(site)) as live:
+    with session.borrow(site.connection()) as live:
         site.post("/stats/reset")
         with (
             faults(site, fail_method={"method": "FindByInventoryPath", "fault": "InvalidProperty", "count": 9}),
@@ -157,15 +144,15 @@ def test_a_fault_that_is_not_transient_is_not_asked_again(site):
 
 
 def test_nobody_at_the_address_and_somebody_else_at_it_are_named(site):
-    with pytest.raises(errors.ConnectionFailed, match="refused"), session.borrow(connection_to(site, port=9)):
+    with pytest.raises(errors.ConnectionFailed, match="refused"), session.borrow(site.connection(port=9)):
         pass
     port = int(site.admin_url.rstrip("/").rpartition(":")[2])
-    with pytest.raises(errors.ConnectionFailed), session.borrow(connection_to(site, port=port)):
+    with pytest.raises(errors.ConnectionFailed), session.borrow(site.connection(port=port)):
         pass
 
 
 def test_a_snapshot_is_made_found_described_and_removed(site):
-    with session.borrow(connection_to(site)) as live:
+    with session.borrow(site.connection()) as live:
         vm = machine.describe_vm(live, lookup.find_vm(live, "web"))
         made = snapshots.take_snapshot(
             live, vm, name="hyper2kvm-test", description="x", quiesce=True, or_crash_consistent=False
@@ -185,7 +172,7 @@ def test_a_snapshot_is_made_found_described_and_removed(site):
 
 
 def test_a_snapshot_is_never_asked_for_twice(site):
-    with session.borrow(connection_to(site)) as live:
+    with session.borrow(site.connection()) as live:
         vm = machine.describe_vm(live, lookup.find_vm(live, "alone"))
         site.post("/stats/reset")
         with faults(site, fail_method={"method": "CreateSnapshot_Task", "fault": "HostCommunication", "count": 1}):
@@ -216,7 +203,7 @@ def virsh(site, tmp_path):
 
 @pytest.mark.parametrize("name", ["web", "alone", "far"])
 def test_libvirt_accepts_the_uri_and_describes_the_same_machine(site, virsh, name):
-    with session.borrow(connection_to(site)) as live:
+    with session.borrow(site.connection()) as live:
         vm = machine.describe_vm(live, lookup.find_vm(live, name))
     listed = virsh(vm.vpx_uri, "list", "--all", "--name")
     assert listed.returncode == 0, listed.stderr
@@ -236,7 +223,7 @@ def test_libvirt_refuses_a_path_that_names_no_host_or_too_much(site, virsh):
 
 
 def test_govc_sees_the_machines_and_our_snapshot(site):
-    with session.borrow(connection_to(site)) as live:
+    with session.borrow(site.connection()) as live:
         vm = machine.describe_vm(live, lookup.find_vm(live, "web"))
         made = snapshots.create_snapshot(live, vm, name="hyper2kvm-seen", description="", quiesce=False)
         assert "hyper2kvm-seen" in site.govc("snapshot.tree", "-vm", vm.inventory_path)

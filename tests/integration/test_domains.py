@@ -16,7 +16,6 @@ from tasks.vsphere import machine, session
 from tasks.vsphere.disks import live_disks
 from tasks.vsphere.properties import retrieve
 from tests.domains import HOSTILE, SCENARIO, TEN, assert_valid, described
-from tests.integration.test_control_plane import connection_to
 from tests.integration.test_inventory import virsh
 from tests.integration.test_scenarios import refused_before_the_first_byte
 from tests.labs import running_lab
@@ -35,7 +34,7 @@ def ten():
 
 @pytest.fixture(scope="module")
 def live(ten):
-    with session.borrow(connection_to(ten)) as borrowed:
+    with session.borrow(ten.connection()) as borrowed:
         yield borrowed
 
 

@@ -19,7 +19,7 @@ from tasks.images.digests import Digests
 from tasks.images.extents import whole_disk
 from tasks.images.raw import RawWriter
 from tasks.images.verify import verify
-from tasks.models import Connection, Extent, Trust
+from tasks.models import Extent
 from tasks.process import Stopped
 from tasks.transports.folder import FolderDisk, FolderReader
 from tasks.vsphere.session import borrow
@@ -29,11 +29,6 @@ pytestmark = pytest.mark.live
 
 MIB = 1024 * 1024
 QUICK = Limits(attempts=5, first_wait_s=0.01, longest_wait_s=0.05)
-
-
-def connection(lab: Lab) -> Connection:
-    trust = Trust(ca_pem=lab.ca_pem)
-    return Connection(host=lab.host, port=lab.port, username=lab.username, password=lab.password, trust=trust)
 
 
 @contextmanager
@@ -50,7 +45,7 @@ def snapshot(lab: Lab, vm: dict[str, Any]) -> Iterator[str]:
 @contextmanager
 def reading(lab: Lab, *, disk: int = 0, datacenter: str = "DC", **more: Any) -> Iterator[FolderReader]:
     """Read a disk of the VM `demo` with a session of the product's own."""
-    to, details = connection(lab), lab.vm("demo")["disks"][disk]
+    to, details = lab.connection(), lab.vm("demo")["disks"][disk]
     source = FolderDisk(
         connection=to,
         datacenter_path=datacenter,

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tasks.fetch import reader_of
-from tasks.images.copy import CopyResult, Limits, copy
-from tasks.images.digests import Digests
-from tasks.images.extents import whole_disk
-from tasks.images.raw import RawWriter
-from tasks.models import Connection, Extent, ServiceTicket, Trust
+from tasks.models import Extent, ServiceTicket
 from tasks.transports.folder import FolderDisk, FolderFile, FolderReader
 from tasks.vsphere import tickets
 from tasks.vsphere.session import borrow
+from tests.integration.test_folder_reader import copy_to, sha256
 from tests.labs import Lab, running_lab
 from tests.runs import assert_equal_to_the_guests_disks, assert_nothing_left, export, faults, run_command
 
@@ -26,7 +21,6 @@ pytestmark = pytest.mark.live
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
-QUICK = Limits(attempts=5, first_wait_s=0.01, longest_wait_s=0.05)
 TICKET_BYTES = 4 * MIB  # a small disk is large here: all else is as in a run
 
 
@@ -40,17 +34,10 @@ def lab() -> Iterator[Lab]:
         yield lab
 
 
-def connection(lab: Lab, **changes: Any) -> Connection:
-    trust = Trust(ca_pem=lab.ca_pem)
-    return Connection(
-        host=lab.host, port=lab.port, username=lab.username, password=lab.password, trust=trust, **changes
-    )
-
-
 @contextmanager
 def reading(lab: Lab, **more: Any) -> Iterator[FolderReader]:
     """Read the disk of the VM `off`, large by our measure; yield the entered reader."""
-    to, disk = connection(lab), lab.vm("off")["disks"][0]
+    to, disk = lab.connection(), lab.vm("off")["disks"][0]
     source = FolderDisk(
         connection=to,
         datacenter_path="DC",
@@ -71,20 +58,10 @@ def reading(lab: Lab, **more: Any) -> Iterator[FolderReader]:
             yield reader
 
 
-def copy_to(folder: Path, reader: FolderReader) -> CopyResult:
-    size = reader.size
-    with RawWriter.create(folder / "x.raw", size=size) as writer, Digests.create(folder / "x.d", size=size) as digests:
-        return copy(reader, whole_disk(size), writer, digests=digests, limits=QUICK)
-
-
-def content(folder: Path) -> str:
-    return hashlib.sha256((folder / "x.raw").read_bytes()).hexdigest()
-
-
 def test_a_large_file_comes_from_the_host_in_a_few_ranges_with_a_ticket_each(lab, tmp_path):
     with reading(lab) as reader:
         copy_to(tmp_path, reader)
-    assert content(tmp_path) == lab.sha256(lab.vm("off")["moref"], 0)
+    assert sha256(tmp_path / "x.raw") == lab.sha256(lab.vm("off")["moref"], 0)
     assert (reader.road, reader.preferred_extent_bytes) == ("host", 4 * MIB)
     stats = lab.stats()
     assert (stats["tickets_used"], stats["tickets_refused"]) == (4, 0)
@@ -104,7 +81,7 @@ def test_what_is_smaller_than_a_ticket_is_worth_comes_by_the_cookie(lab, tmp_pat
 def test_a_range_that_was_cut_goes_on_at_the_byte_reached_with_a_new_ticket_or_by_the_cookie(lab, tmp_path):
     with faults(lab, cut_after=3 * MIB, count=1), reading(lab, ticket_bytes=8 * MIB) as reader:
         result = copy_to(tmp_path, reader)
-    assert content(tmp_path) == lab.sha256(lab.vm("off")["moref"], 0)
+    assert sha256(tmp_path / "x.raw") == lab.sha256(lab.vm("off")["moref"], 0)
     assert result.bytes_transferred <= reader.size + 256 * 1024  # the leaf that was cut, at most
     assert (lab.stats()["tickets_used"], lab.stats()["tickets_refused"]) == (2, 0)
 
@@ -121,7 +98,7 @@ def test_a_range_that_was_cut_goes_on_at_the_byte_reached_with_a_new_ticket_or_b
 def test_a_host_that_does_not_let_us_read_is_left_for_the_vcenter(lab, tmp_path, trouble, why):
     with faults(lab, hosts=trouble), reading(lab) as reader:
         copy_to(tmp_path, reader)
-    assert content(tmp_path) == lab.sha256(lab.vm("off")["moref"], 0)
+    assert sha256(tmp_path / "x.raw") == lab.sha256(lab.vm("off")["moref"], 0)
     assert reader.road == "folder"
     assert why in reader.road_reason.lower()
 
@@ -130,7 +107,7 @@ def test_no_ticket_given_is_no_end_of_the_run(lab, tmp_path):
     fault = {"method": "AcquireGenericServiceTicket", "fault": "NoPermission", "count": 0}
     with faults(lab, fail_method=fault), reading(lab) as reader:
         copy_to(tmp_path, reader)
-    assert content(tmp_path) == lab.sha256(lab.vm("off")["moref"], 0)
+    assert sha256(tmp_path / "x.raw") == lab.sha256(lab.vm("off")["moref"], 0)
     assert reader.road_reason.startswith("no ticket: ")
 
 
@@ -151,7 +128,7 @@ def test_a_ticket_opens_its_url_once_and_the_sessions_cookie_opens_nothing_at_th
 
 def test_a_host_of_any_name_is_asked_for_by_its_url_and_the_file_without_its_datacenter(lab):
     disk = FolderFile(
-        connection=connection(lab),
+        connection=lab.connection(),
         datacenter_path="/a/DC%2f1",
         datastore_path="[ds +1] web &1/x#.iso",
         capacity_bytes=1,
@@ -162,14 +139,14 @@ def test_a_host_of_any_name_is_asked_for_by_its_url_and_the_file_without_its_dat
 
 def test_tickets_are_asked_of_a_vcenter_that_allows_it_and_not_of_a_lone_host(lab):
     for options, wanted in (({}, True), ({"host_tickets": False}, False)):
-        to = connection(lab, **options)
+        to = lab.connection(**options)
         source = FolderDisk(
             connection=to, datacenter_path="DC", datastore_path="[d] a/a.vmdk", capacity_bytes=GIB, host_name="esx1"
         )
         with borrow(to) as session:
             assert (reader_of(source, session)._acquire is not None) is wanted
     with running_lab("-esx", "-disks", "1", "-disk-size", "1MiB") as esx:
-        to = connection(esx)
+        to = esx.connection()
         with borrow(to) as session:
             source = source.model_copy(update={"connection": to})
             assert reader_of(source, session)._acquire is None

@@ -18,7 +18,6 @@ from tasks.report import markdown
 from tasks.vsphere import lookup, machine, names, session
 from tasks.vsphere.properties import ancestors
 from tests.domains import assert_valid
-from tests.integration.test_control_plane import connection_to
 from tests.integration.test_scenarios import assert_equal_to_qemu_imgs_reading, refused_before_the_first_byte
 from tests.labs import ROOT, Lab, running_lab
 from tests.runs import assert_nothing_left, command, export, faults, run_command
@@ -74,7 +73,7 @@ def esx():
 
 def test_a_lone_host_is_known_by_its_hardware_at_the_price_of_one_call(esx):
     esx.post("/stats/reset")
-    with session.borrow(connection_to(esx)) as live:
+    with session.borrow(esx.connection()) as live:
         calls = esx.stats()["soap_calls"]
         told = live.info
     assert told.is_vcenter is False
@@ -85,13 +84,13 @@ def test_a_lone_host_is_known_by_its_hardware_at_the_price_of_one_call(esx):
 def test_a_host_that_does_not_say_which_it_is_keeps_no_session_of_ours(esx):
     fault = {"method": "RetrievePropertiesEx", "fault": "InvalidProperty", "count": 1}
     with faults(esx, fail_method=fault):
-        with pytest.raises(errors.VsphereFault, match="InvalidProperty"), session.borrow(connection_to(esx)):
+        with pytest.raises(errors.VsphereFault, match="InvalidProperty"), session.borrow(esx.connection()):
             pass
     assert_nothing_left(esx)
 
 
 def test_on_a_lone_host_a_vm_is_found_by_path_moref_uuid_and_name(esx):
-    with session.borrow(connection_to(esx)) as live:
+    with session.borrow(esx.connection()) as live:
         vm = machine.describe_vm(live, lookup.find_vm(live, "web"))
         assert vm.inventory_path == "/ha-datacenter/vm/web"
         for wanted in (vm.inventory_path, vm.moref, vm.instance_uuid, vm.bios_uuid):
@@ -101,7 +100,7 @@ def test_on_a_lone_host_a_vm_is_found_by_path_moref_uuid_and_name(esx):
 
 
 def test_a_number_is_looked_up_as_a_lone_hosts_moref_before_the_names_are_read(esx):
-    with session.borrow(connection_to(esx)) as live:
+    with session.borrow(esx.connection()) as live:
         esx.post("/stats/reset")
         with pytest.raises(errors.VmNotFound):
             lookup.find_vm(live, "4711")
@@ -109,7 +108,7 @@ def test_a_number_is_looked_up_as_a_lone_hosts_moref_before_the_names_are_read(e
 
 
 def test_a_lone_hosts_uri_and_paths_are_its_own_and_libvirt_accepts_them(esx, tmp_path):
-    with session.borrow(connection_to(esx)) as live:
+    with session.borrow(esx.connection()) as live:
         vm = machine.describe_vm(live, lookup.find_vm(live, "web"))
     assert vm.host_path == "/ha-datacenter/host/esx0.lab/esx0.lab"
     assert (vm.datacenter_path, vm.host_name) == ("/ha-datacenter", "esx0.lab")
@@ -203,7 +202,7 @@ def hostile():
 @pytest.mark.parametrize("key", NAMES)
 def test_a_vm_of_any_name_is_found_by_the_name_that_is_shown_and_by_its_path(hostile, key):
     name = NAMES[key]
-    with session.borrow(connection_to(hostile)) as live:
+    with session.borrow(hostile.connection()) as live:
         vm = machine.describe_vm(live, lookup.find_vm(live, name))
         assert vm.name == name
         assert vm.inventory_path == hostile.vm(stored(name))["path"]
@@ -265,14 +264,14 @@ def test_a_name_with_a_leading_dash_passes_the_command_line(hostile, tmp_path):
 
 
 def test_an_error_that_names_a_vm_is_one_line(hostile):
-    with session.borrow(connection_to(hostile)) as live, pytest.raises(errors.VmNotFound) as caught:
+    with session.borrow(hostile.connection()) as live, pytest.raises(errors.VmNotFound) as caught:
         lookup.find_vm(live, "line one INFO forged vm=x tab")
     assert r"near it: line one\nINFO forged vm=x\ttab" in str(caught.value)
     assert NAMES["newline"] in caught.value.near
 
 
 def test_libvirt_accepts_the_uri_of_a_host_below_hostile_names(hostile, tmp_path):
-    with session.borrow(connection_to(hostile)) as live:
+    with session.borrow(hostile.connection()) as live:
         vm = machine.describe_vm(live, lookup.find_vm(live, NAMES["composed"]))
     listed = virsh(hostile, vm.vpx_uri, tmp_path, "domuuid", COMPOSED)
     assert listed.stdout.strip() == vm.bios_uuid, listed.stderr
@@ -281,7 +280,7 @@ def test_libvirt_accepts_the_uri_of_a_host_below_hostile_names(hostile, tmp_path
 def test_names_that_only_look_the_same_are_refused_by_name_and_told_apart_by_path():
     twins = [{"name": each, "disks": [], "dir": str(place)} for place, each in enumerate((COMPOSED, DECOMPOSED))]
     site = {"datacenters": [{"name": "DC", "clusters": [{"name": "c", "hosts": ["esx1"]}], "vms": twins}]}
-    with running_lab(scenario=site) as lab, session.borrow(connection_to(lab)) as live:
+    with running_lab(scenario=site) as lab, session.borrow(lab.connection()) as live:
         with pytest.raises(errors.AmbiguousVmName) as caught:
             lookup.find_vm(live, COMPOSED)
         paths = [path for path, _ in caught.value.candidates]
@@ -293,7 +292,7 @@ def test_names_that_only_look_the_same_are_refused_by_name_and_told_apart_by_pat
 def test_a_path_is_found_in_another_unicode_form_than_the_one_stored():
     site = {"datacenters": [{"name": "DC", "clusters": [{"name": "c", "hosts": ["esx1"]}], "vms": []}]}
     site["datacenters"][0]["vms"] = [{"name": DECOMPOSED, "folder": DECOMPOSED, "dir": "x", "disks": []}]
-    with running_lab(scenario=site) as lab, session.borrow(connection_to(lab)) as live:
+    with running_lab(scenario=site) as lab, session.borrow(lab.connection()) as live:
         assert lookup.find_vm(live, f"/DC/vm/{COMPOSED}/{COMPOSED}") == lab.vms[0]["moref"]
         lab.post("/stats/reset")
         with pytest.raises(errors.VmNotFound):
@@ -330,7 +329,7 @@ def few():
 def test_by_path_uuid_and_moref_a_vm_among_10000_takes_as_many_calls_as_among_10(many, few):
     counts = []
     for lab in (many, few):
-        with session.borrow(connection_to(lab)) as live:
+        with session.borrow(lab.connection()) as live:
             vm = machine.describe_vm(live, lookup.find_vm(live, WEB))
             wanted = (vm.inventory_path, vm.instance_uuid, vm.bios_uuid, vm.moref)
             counts.append(calls_of(lab, live, *wanted))
@@ -339,7 +338,7 @@ def test_by_path_uuid_and_moref_a_vm_among_10000_takes_as_many_calls_as_among_10
 
 
 def test_by_name_10000_vms_are_asked_for_their_names_once_in_pages(many):
-    with session.borrow(connection_to(many)) as live:
+    with session.borrow(many.connection()) as live:
         expected = lookup.find_vm(live, WEB)
         many.post("/stats/reset")
         assert lookup.find_vm(live, "web") == expected
@@ -354,7 +353,7 @@ def test_by_name_10000_vms_are_asked_for_their_names_once_in_pages(many):
 
 
 def test_an_unknown_name_among_10000_is_refused_with_what_is_near(many):
-    with session.borrow(connection_to(many)) as live, pytest.raises(errors.VmNotFound, match="near it: filler 0012"):
+    with session.borrow(many.connection()) as live, pytest.raises(errors.VmNotFound, match="near it: filler 0012"):
         lookup.find_vm(live, "filer 00123")
 
 
@@ -394,7 +393,7 @@ def test_a_list_of_10000_is_whole_and_takes_hardly_more_memory_than_one_of_10(ma
 
 def test_a_vapp_lies_in_its_vm_folder_or_the_vapp_around_it_not_in_its_resource_pool(few):
     """The simulator puts a vApp's VMs into the folder, as vCenter does not: their own paths are tested in unit/."""
-    with session.borrow(connection_to(few)) as live:
+    with session.borrow(few.connection()) as live:
         find = live.content.searchIndex.FindByInventoryPath
         pool, folder = find("DC/host/c/Resources"), find("DC/vm/prod")
         outer = pool.CreateVApp("shop", _shares(), vim.vApp.VAppConfigSpec(), folder)

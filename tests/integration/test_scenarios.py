@@ -18,7 +18,6 @@ from tasks.vsphere import lookup, machine
 from tasks.vsphere.disks import disks_among
 from tasks.vsphere.properties import retrieve
 from tasks.vsphere.session import borrow
-from tests.integration.test_control_plane import connection_to
 from tests.labs import Lab, running_lab
 from tests.runs import assert_nothing_left, children, export, faults, raw_sha256, vcenter_of
 
@@ -289,7 +288,7 @@ async def test_a_host_that_ignores_ranges_is_refused_before_the_whole_file_comes
 
 def job_of(lab: Lab, name: str) -> JobState:
     """Return a job of a VM and its disks as they are now, without a snapshot."""
-    with borrow(connection_to(lab)) as live:
+    with borrow(lab.connection()) as live:
         vm = machine.describe_vm(live, lookup.find_vm(live, name))
         entity, path = live.entity(vim.VirtualMachine, vm.moref), "config.hardware.device"
         disks = disks_among(retrieve(live, [entity], (path,))[entity][path])
@@ -306,7 +305,7 @@ async def test_the_probe_reads_one_sector_of_each_disk(kinds):
 
 async def test_the_probe_outlives_a_busy_server_and_a_dead_session(kinds):
     job = job_of(kinds, "bios off")
-    with borrow(connection_to(kinds)):
+    with borrow(kinds.connection()):
         with faults(kinds, folder_503=2, expire_sessions=True):
             await probe(vcenter_of(kinds), job)
     assert_nothing_left(kinds)
