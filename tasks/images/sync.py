@@ -70,8 +70,9 @@ def bring_up_to_date(
     torn = dirty.dirty_leaves(files, size=size)
     if torn:
         qemu.check(path, format=form, mend_leaks=True, stop=stop)
-    with _digests(files, size, base.image.digest) as digests:
-        plan = _plan(base, digests, changed, torn=bool(torn))
+    opened, lost = _digests(files, size, base.image.digest)
+    with opened as digests:
+        plan = _plan(base, digests, changed, torn=bool(torn), lost=lost)
         changes = plan.changes(size, torn)
         dirty.begin(files, changes.leaves)
         if expect:
@@ -104,18 +105,19 @@ def count(folder: Path, manifest: Manifest, domain_xml: str = "") -> None:
     discard(folder)
 
 
-def _digests(files: DiskFiles, size: int, digest: str) -> Digests:
-    """Open the sidecar; a new one, of which nothing is believed, where it cannot be used."""
+def _digests(files: DiskFiles, size: int, digest: str) -> tuple[Digests, str]:
+    """Return the sidecar; where it cannot be used a new one, of which nothing is to be believed, and why."""
     try:
-        return Digests.open(files.digests, writable=True)
+        return Digests.open(files.digests, writable=True), ""
     except (FileNotFoundError, InvalidInput) as error:
-        log.warning("digests are made anew path=%s error=%s", files.digests, error)
-        return Digests.create(files.digests, size=size, algorithm=algorithm_of(digest))
+        new = Digests.create(files.digests, size=size, algorithm=algorithm_of(digest))
+        return new, f"its digests could not be used: {error}"
 
 
-def _plan(base: Base, digests: Digests, changed: Changed, *, torn: bool) -> Plan:
+def _plan(base: Base, digests: Digests, changed: Changed, *, torn: bool, lost: str) -> Plan:
+    """torn: the digests as a whole are not the manifest's, and need not be. lost: see `_digests`."""
     since = base.image.change_id
-    why = same_tracking(since, base.disk.change_id) or ("" if torn else sound(base, digests))
+    why = lost or same_tracking(since, base.disk.change_id) or ("" if torn else sound(base, digests))
     if since and not why:
         try:
             return Plan(changed=changed(since), why="")

@@ -194,6 +194,17 @@ def test_a_leaf_that_a_power_cut_tore_is_fetched_whole_whatever_its_digest_says(
     assert_counts(tmp_path, source)
 
 
+def test_digests_that_are_gone_are_no_ground_to_build_on_in_a_torn_image_either(tmp_path: Path) -> None:
+    source, files = Source(), DiskFiles(tmp_path, 0)
+    make_copy(tmp_path, source)
+    begin(files, [Extent(start=0, length=LEAF_BYTES)])
+    files.digests.unlink()
+    source.write(LEAF_BYTES * 2, b"changed")
+    synced = sync(tmp_path, source, source.point())
+    assert (synced.how, synced.image.bytes_transferred) == ("everything", SIZE)
+    assert_counts(tmp_path, source)
+
+
 def test_a_dirty_list_that_cannot_be_read_means_all_of_the_disk(tmp_path: Path) -> None:
     source = Source()
     make_copy(tmp_path, source)
