@@ -9,12 +9,12 @@ from prefect import flow
 from blocks import VCenter
 from flows.export import copy_whole
 from tasks.describe import describe_domain
-from tasks.disks import Choice, copyable_disks
+from tasks.disks import Choice, check_flat, copyable_disks
 from tasks.errors import TrackingOff
 from tasks.images.base import base_of, paired
 from tasks.images.state import discard, write_state
 from tasks.job import Job, job_at_work
-from tasks.models import Manifest, SyncJob
+from tasks.models import Manifest, Roads, SyncJob
 from tasks.probe import probe
 from tasks.report import manifest_of
 from tasks.snapshot import check_snapshot, point_in_time
@@ -48,7 +48,7 @@ async def cbt_sync(vcenter: VCenter, options: SyncJob) -> Manifest:
             await enable_tracking(vcenter, job.vm, job.snapshot_name)
         base = base_of(job.folder)
         if base is None:
-            return await copy_whole(vcenter, job, options, None, Choice())
+            return await copy_whole(vcenter, job, options, Roads(), Choice())
         return await _brought_up_to_date(vcenter, job, base, options)
 
 
@@ -58,6 +58,7 @@ async def _brought_up_to_date(vcenter: VCenter, job: Job, base: Manifest, option
     # Never a snapshot of a run before: from the manifest's changeId on, one of now costs hardly more.
     async with point_in_time(vcenter, vm, options, name=name, before=None, give_up=give_up) as snapshot:
         disks = await copyable_disks(vcenter, job.server, vm, snapshot, Choice())
+        check_flat(disks, snapshot)
         pairs = paired(folder, base, vm, disks)
         state = job.state(snapshot, disks)
         await probe(vcenter, state)

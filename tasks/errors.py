@@ -22,6 +22,7 @@
     ├── FenceClosed                  the VM's own state forbids a snapshot now
     ├── SnapshotChanged              what is being read is no longer the point in time it was
     ├── SourceChanged                the point in time of a copy is not at the source any more
+    ├── NoRoad                       none of several roads reads the disks: why not, each
     ├── FileLocked
     ├── FileMissing                  a file that the VM's configuration names, or that was there a moment ago
     ├── FileUnfit                    a file of the VM whose name or size cannot be taken as it is
@@ -192,6 +193,12 @@ class UnsupportedDisk(Hyper2KvmError):
     """{disk} cannot be copied: {reason}"""
 
     remedy = "{remedy}"
+
+
+class NoRoad(Hyper2KvmError):
+    """No road reads the disks of {vm}: {reasons}"""
+
+    remedy = "Mend what stands in the way of one of them, or name it (--transport) to be told what to do"
 
 
 class TrackingOff(Hyper2KvmError):

@@ -116,6 +116,12 @@ VDDK_TRANSPORT_MODES = "nbdssl:nbd:hotadd:san"
 VddkCompression = Literal["none", "zlib", "fastlz", "skipz"]
 
 
+class FolderSettings(Value):
+    """The road `folder` needs nothing but the connection to the vCenter."""
+
+    road: Literal["folder"] = "folder"
+
+
 class VddkSettings(Value):
     """Where VMware's VDDK lies here, and how it is to read.
 
@@ -124,10 +130,29 @@ class VddkSettings(Value):
     64 KiB, four of them, for each session with a host.
     """
 
+    road: Literal["vddk"] = "vddk"
     libdir: Path | None = None
     transport_modes: str = VDDK_TRANSPORT_MODES
     compression: VddkCompression = "none"
     large_buffers: bool = False
+
+
+RoadSettings = Annotated[FolderSettings | VddkSettings, Field(discriminator="road")]
+"""What a road needs to know beside the disk, a class a road. A job's state holds it: a secret in it is not dumped."""
+
+
+class SkippedRoad(Value):
+    """A road that was not taken, and why."""
+
+    road: str
+    why: str
+
+
+class Roads(Value):
+    """The roads that a job may take, best first, and why others are not among them."""
+
+    candidates: tuple[RoadSettings, ...] = (FolderSettings(),)
+    skipped: tuple[SkippedRoad, ...] = ()
 
 
 class ServiceTicket(Value):
@@ -343,6 +368,7 @@ class Manifest(Value):
     consistent: bool
     created: str
     warnings: tuple[str, ...] = ()
+    skipped_roads: tuple[SkippedRoad, ...] = ()
 
 
 class DatastoreFile(Value):
@@ -626,8 +652,7 @@ class DiskJob(JobOptions):
     """How the disks of a VM are frozen, copied and checked, in every mode that makes images of them.
 
     image_format, image_compression: of the images; arrival_format: in which the bytes are written as they arrive.
-    chains: whether the road reads what lies in chains of redo logs, not in flat files alone. tracked: whether vSphere
-    tracks the VM's changed blocks, and is asked what is allocated at all.
+    tracked: whether vSphere tracks the VM's changed blocks, and is asked what is allocated at all.
     """
 
     quiesce: bool = Field(
@@ -704,10 +729,6 @@ class DiskJob(JobOptions):
     @property
     def arrival_format(self) -> ArrivalFormat:
         return "raw"
-
-    @property
-    def chains(self) -> bool:
-        return True
 
     @property
     def tracked(self) -> bool:
@@ -794,10 +815,6 @@ class ExportJob(DiskJob):
     def arrival_format(self) -> ArrivalFormat:
         """The one asked for, where one pass can write that."""
         return "qcow2" if self.format == "qcow2" and self.compression == "none" else "raw"
-
-    @property
-    def chains(self) -> bool:
-        return self.transport is ExportTransport.vddk
 
     @model_validator(mode="after")
     def _definable(self) -> Self:
@@ -943,10 +960,6 @@ class SyncJob(DiskJob):
         return self.format
 
     @property
-    def chains(self) -> bool:
-        return False
-
-    @property
     def tracked(self) -> bool:
         return True
 
@@ -957,7 +970,6 @@ class SnapshotWishes(Value):
     snapshot_moref: str = ""
     quiesce: bool = False
     allow_crash_consistent: bool = False
-    chains: bool = False
 
 
 EXPORT_MODES = ("export", "download_only", "vddk_download", "cbt_sync")
@@ -1029,7 +1041,6 @@ class ExportOptions(BaseModel):
         """Return how a boot check is to be done."""
         wishes = {"timeout_s": self.boot_timeout_s, "expect": self.boot_expect, "accelerator": self.boot_accelerator}
         return BootWishes.model_validate(wishes)
-        return ExportJob(**self._those_of(ExportJob))
 
     def _those_of(self, mode: type[JobOptions]) -> dict[str, Any]:
         return self.model_dump(include=set(mode.model_fields), exclude_none=True)

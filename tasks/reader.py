@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Generator
-from typing import Protocol, Self
+from collections.abc import Generator, Sequence
+from typing import Protocol, Self, runtime_checkable
 
 from tasks.models import Extent
 
@@ -61,4 +61,13 @@ class Reader(Protocol):
 
     def interrupt(self) -> None:
         """Wake every thread that waits in `stream`, from another thread; the reader is good only for leaving then."""
+        ...
+
+
+@runtime_checkable
+class KnowsAllocated(Protocol):
+    """A reader that knows, once entered, which parts may hold something; the others read as zeros."""
+
+    def allocated(self) -> Sequence[Extent]:
+        """Return those parts, sorted, none past the end of the disk."""
         ...

@@ -17,7 +17,7 @@ from tasks.fetch import fetch
 from tasks.images.output import DiskFiles
 from tasks.images.state import JobState
 from tasks.models import Arrival, ArrivalFormat, Connection, Extent, VirtualDisk
-from tasks.road import source_of
+from tasks.road import opened
 from tasks.steps import connection_of, in_thread, metered
 from tasks.vsphere.changes import ALLOCATED, changed_extents
 from tasks.vsphere.session import borrow
@@ -37,13 +37,13 @@ async def transfer(
     stop, started = threading.Event(), time.monotonic()
     label, key = f"transfer {job.vm.name} disk {disk.index}", f"transfer-{job.vm.moref}-disk-{disk.index}"
     async with metered(label, disk.capacity_bytes, key=key) as meter:
-        source, binding = source_of(disk, job, connection_of(vcenter)), _binding(job, disk)
+        source = opened(disk, job, connection_of(vcenter), stop=stop)
         result = await in_thread(
             fetch,
             stop,
             source,
             files,
-            binding=binding,
+            binding=_binding(job, disk),
             format=arrival_format,
             algorithm=job.digest,
             allocated=partial(_allocated, connection_of(vcenter), job, disk),

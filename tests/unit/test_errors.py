@@ -33,6 +33,7 @@ EXAMPLES = {
     errors.FileLocked: {"path": "[ds] web/web-flat.vmdk", "remedy": "Wait"},
     errors.FileMissing: {"path": "[ds] web/web.vmdk", "why": "it was moved", "remedy": "Look"},
     errors.FileUnfit: {"path": "'../x'", "reason": "its name leads out", "remedy": "Rename it"},
+    errors.NoRoad: {"vm": "web", "reasons": "vddk: no library; folder: locked"},
     errors.VddkUnavailable: {"missing": "there is no libvixDiskLib.so.8", "looked_in": "/opt/vddk"},
     errors.VddkFailed: {"call": "Open", "source": "[ds] web/web.vmdk", "words": "the file is locked, VIX error 15"},
     errors.VddkOutOfMemory: {"call": "Open", "source": "[ds] web/web.vmdk", "words": "out of memory, VIX error 2"},
