@@ -137,7 +137,42 @@ class VddkSettings(Value):
     large_buffers: bool = False
 
 
-RoadSettings = Annotated[FolderSettings | VddkSettings, Field(discriminator="road")]
+NBD_BLANKS = (
+    "host", "port", "user", "esxi", "moref", "snapshot", "path", "key", "number", "thumbprint", "socket",
+    "password_fd", "secret_fd",
+)  # fmt: skip
+"""What may stand in braces in the URI or command of an NBD source; the last three in a command only."""
+NBD_SCHEMES = ("nbd", "nbd+unix", "nbds")
+
+
+class NbdSettings(Value):
+    """An NBD server that there is, or a command that is one: exactly one of the two, with blanks to fill for a disk.
+
+    command: words; it serves on stdin and stdout, or on the socket that `{socket}` names, and stays in the foreground.
+    secret: what it may read from the file descriptor `{secret_fd}`. trust: of a server reached by TLS.
+    """
+
+    road: Literal["nbd"] = "nbd"
+    uri: str = ""
+    command: tuple[str, ...] = ()
+    trust: Trust = Trust()
+    secret: SecretStr | None = Field(default=None, exclude=True)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if bool(self.uri) == bool(self.command):
+            raise ValueError("give the URI of an NBD server, or a command that is one")
+        if self.uri and self.uri.partition("://")[0] not in NBD_SCHEMES:
+            raise ValueError(f"{self.uri!r} begins with none of {', '.join(f'{each}://' for each in NBD_SCHEMES)}")
+        known = NBD_BLANKS if self.command else NBD_BLANKS[:-3]
+        for word in (self.uri, *self.command):
+            for blank in re.findall(r"{([^{}]*)}", word):
+                if blank not in known:
+                    raise ValueError(f"{{{blank}}} is no blank: there are {', '.join(known)}")
+        return self
+
+
+RoadSettings = Annotated[FolderSettings | VddkSettings | NbdSettings, Field(discriminator="road")]
 """What a road needs to know beside the disk, a class a road. A job's state holds it: a secret in it is not dumped."""
 
 
@@ -511,8 +546,9 @@ class ExportTransport(StrEnum):
     """Roads out of vSphere that `export` can take."""
 
     auto = "auto"
-    folder = "folder"
     vddk = "vddk"
+    nbd = "nbd"
+    folder = "folder"
 
 
 SLOWEST_BYTES_PER_S = 64 * 1024
