@@ -172,7 +172,50 @@ class NbdSettings(Value):
         return self
 
 
-RoadSettings = Annotated[FolderSettings | VddkSettings | NbdSettings, Field(discriminator="road")]
+class SshSettings(Value):
+    """An account at an ESXi host that may log in by SSH.
+
+    host_key: the host's, pinned: `SHA256:…` or `ssh-ed25519 AAAA…`. key: a private key in OpenSSH's or PEM form.
+    password: of the account, or of the key where one is given.
+    """
+
+    road: Literal["ssh"] = "ssh"
+    host: str
+    port: int = 22
+    user: str = "root"
+    host_key: str
+    key: SecretStr | None = Field(default=None, exclude=True)
+    password: SecretStr | None = Field(default=None, exclude=True)
+
+    @field_validator("host_key")
+    @classmethod
+    def _is_a_key(cls, text: str) -> str:
+        return normalise_host_key(text)
+
+    @model_validator(mode="after")
+    def _has_a_secret(self) -> Self:
+        if not (self.key or self.password):
+            raise ValueError(f"give a key or a password of {self.user} at {self.host}")
+        return self
+
+
+def normalise_host_key(text: str) -> str:
+    """Return `SHA256:…` or `<type> <base64>` out of a fingerprint, a public key or a line of known_hosts.
+
+    Raises InvalidInput.
+    """
+    if match := re.search(r"\bSHA256:[A-Za-z0-9+/]{43}\b", text):
+        return match[0]
+    if match := re.search(r"\b((?:ssh|ecdsa)-[\w@.-]+) +(AAAA[A-Za-z0-9+/]+=*)", text):
+        return f"{match[1]} {match[2]}"
+    raise InvalidInput(
+        what="SSH host key",
+        why=f"{text!r} is neither SHA256:… nor a public key",
+        remedy="Copy it at the host itself (ssh-keygen -lf /etc/ssh/ssh_host_rsa_key.pub)",
+    )
+
+
+RoadSettings = Annotated[FolderSettings | VddkSettings | NbdSettings | SshSettings, Field(discriminator="road")]
 """What a road needs to know beside the disk, a class a road. A job's state holds it: a secret in it is not dumped."""
 
 
@@ -549,6 +592,7 @@ class ExportTransport(StrEnum):
     vddk = "vddk"
     nbd = "nbd"
     folder = "folder"
+    ssh = "ssh"
 
 
 SLOWEST_BYTES_PER_S = 64 * 1024

@@ -181,7 +181,8 @@ class LastWords:
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stderr
         self._lines, self._lock = _Lines(None), threading.Lock()
-        self._thread = threading.Thread(target=self._hear, args=[process.stderr], name="last-words", daemon=True)
+        fd = os.dup(process.stderr.fileno())  # whoever ends the child closes the pipe, at any time
+        self._thread = threading.Thread(target=self._hear, args=[fd], name="last-words", daemon=True)
         self._thread.start()
 
     def lines(self, timeout_s: float = 0.0) -> tuple[str, ...]:
@@ -190,12 +191,13 @@ class LastWords:
         with self._lock:
             return self._lines.lines()
 
-    def _hear(self, pipe: IO[bytes]) -> None:
+    def _hear(self, fd: int) -> None:
         heard = True
         while heard:
-            chunk = os.read(pipe.fileno(), CHUNK_BYTES)
+            chunk = os.read(fd, CHUNK_BYTES)
             with self._lock:
                 heard = self._lines.feed(chunk)
+        os.close(fd)
 
 
 class _Lines:

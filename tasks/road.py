@@ -14,12 +14,13 @@ from functools import partial
 
 from tasks import tls
 from tasks.images.state import JobState
-from tasks.models import Connection, NbdSettings, VddkSettings, VirtualDisk
+from tasks.models import Connection, NbdSettings, SshSettings, VddkSettings, VirtualDisk
 from tasks.reader import Reader
 from tasks.slots import one_of
 from tasks.transports.bulk import Shared
 from tasks.transports.folder import FolderDisk, FolderReader
 from tasks.transports.nbd import NbdDisk, NbdReader
+from tasks.transports.ssh import SshDisk, SshReader
 from tasks.transports.vddk import SHA1_DIGITS, VddkDisk, VddkReader
 from tasks.vsphere import tickets
 from tasks.vsphere.session import Session, borrow
@@ -150,9 +151,19 @@ def _by_nbd(wanted: Opening) -> Iterator[Reader]:
         yield reader
 
 
+@contextmanager
+def _by_ssh(wanted: Opening) -> Iterator[Reader]:
+    assert isinstance(wanted.job.road, SshSettings)
+    disk = wanted.disk
+    source = SshDisk(settings=wanted.job.road, datastore_path=disk.datastore_path, capacity_bytes=disk.capacity_bytes)
+    with SshReader(source) as reader:
+        yield reader
+
+
 ROADS: dict[str, Road] = {
     "vddk": Road(_by_vddk, chains=True, sparse=True),
     "nbd": Road(_by_nbd, chains=True, sparse=True),
     "folder": Road(_by_folder),
+    "ssh": Road(_by_ssh),
 }
 """By name; in the order in which `auto` prefers them."""

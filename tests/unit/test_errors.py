@@ -36,6 +36,8 @@ EXAMPLES = {
     errors.NbdFailed: {"source": "[ds] a.vmdk", "server": "nbd://host", "why": "no newstyle greeting"},
     errors.NbdCommandEnded: {"source": "[ds] a.vmdk", "server": "nbdkit", "outcome": "exit status 1"},
     errors.NbdTlsRefused: {"source": "[ds] a.vmdk", "server": "nbds://host", "why": "self-signed certificate"},
+    errors.SshFailed: {"host": "esx1:22", "why": "Permission denied"},
+    errors.HostKeyChanged: {"host": "esx1:22", "expected": "SHA256:a", "actual": "SHA256:b"},
     errors.NoRoad: {"vm": "web", "reasons": "vddk: no library; folder: locked"},
     errors.VddkUnavailable: {"missing": "there is no libvixDiskLib.so.8", "looked_in": "/opt/vddk"},
     errors.VddkFailed: {"call": "Open", "source": "[ds] web/web.vmdk", "words": "the file is locked, VIX error 15"},

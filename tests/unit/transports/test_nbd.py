@@ -85,13 +85,13 @@ def disk(*command: str, uri: str = "", size: int = SIZE, secret: str = "", **tru
     )
 
 
-def copied(reader: NbdReader, folder: Path) -> CopyResult:
+def copied(reader: NbdReader, folder: Path, limits: Limits = QUICK) -> CopyResult:
     wanted = leaf_aligned(reader.allocated(), size=reader.size)
     with (
         RawWriter.create(folder / "raw", size=reader.size) as writer,
         Digests.create(folder / "digests", size=reader.size) as digests,
     ):
-        return copy(reader, wanted, writer, digests=digests, limits=QUICK)
+        return copy(reader, wanted, writer, digests=digests, limits=limits)
 
 
 def test_a_server_that_says_what_is_allocated_is_read_over_several_connections(image: Path, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_requests_that_fail_are_asked_for_again(image: Path, tmp_path: Path) -> 
     words = ["--filter=error", "file", str(image), "error=EIO", "error-pread-rate=20%", f"error-pread-file={trouble}"]
     with served(tmp_path / "s", *words) as uri, NbdReader(disk(uri=uri)) as reader:
         trouble.touch()
-        copied(reader, tmp_path)
+        copied(reader, tmp_path, QUICK.model_copy(update={"attempts": 20}))
         assert not any(connection.lost for connection in reader._connections)
     assert (tmp_path / "raw").read_bytes() == image.read_bytes()
 
