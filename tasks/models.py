@@ -1065,6 +1065,16 @@ class ExportOptions(BaseModel):
     export_mode: str = "export"
     transport: str = "auto"
     vddk_libdir: OptionalText = ""
+    nbd_uri: str = ""
+    nbd_command: str = ""
+    nbd_ca_file: OptionalText = ""
+    nbd_source: str = ""
+    esxi_host: str = ""
+    esxi_user: str = "root"
+    esxi_host_key: str = ""
+    esxi_key_file: Path | None = None
+    esxi_password_file: Path | None = None
+    esxi_block: str = ""
     limit_rate: str = ""
     overcommit: bool = False
     digest: str = "blake3"

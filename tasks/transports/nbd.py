@@ -234,7 +234,7 @@ class NbdReader:
             if not connection.lost:
                 return connection
             if self._command:
-                self._command.check()
+                self._command.check(within_s=ENDING_S)
             if self._command and self._command.single:
                 raise self._failed("it closed its only connection")
             try:
