@@ -142,6 +142,7 @@ NBD_BLANKS = (
     "password_fd", "secret_fd",
 )  # fmt: skip
 """What may stand in braces in the URI or command of an NBD source; the last three in a command only."""
+BLANK = re.compile(r"(?<!\$){([a-z_]+)}")  # `${name}` is a shell's
 NBD_SCHEMES = ("nbd", "nbd+unix", "nbds")
 
 
@@ -166,7 +167,7 @@ class NbdSettings(Value):
             raise ValueError(f"{self.uri!r} begins with none of {', '.join(f'{each}://' for each in NBD_SCHEMES)}")
         known = NBD_BLANKS if self.command else NBD_BLANKS[:-3]
         for word in (self.uri, *self.command):
-            for blank in re.findall(r"{([^{}]*)}", word):
+            for blank in BLANK.findall(word):
                 if blank not in known:
                     raise ValueError(f"{{{blank}}} is no blank: there are {', '.join(known)}")
         return self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from tempfile import TemporaryDirectory
 from pydantic import SecretStr
 
 from tasks.errors import NbdCommandEnded, NbdFailed
+from tasks.models import BLANK
 from tasks.nbd import Address
 from tasks.process import LastWords, child, environment_without_secrets, outcome_of, wait_for_end
 
@@ -85,7 +85,7 @@ def serving(
 
 def filled(text: str, blanks: Mapping[str, str]) -> str:
     """Return `text` with its blanks (`{moref}`) filled; braces around anything else stay."""
-    return re.sub(r"{(\w+)}", lambda match: blanks.get(match[1], match[0]), text)
+    return BLANK.sub(lambda match: blanks.get(match[1], match[0]), text)
 
 
 @contextmanager

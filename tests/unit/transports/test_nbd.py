@@ -6,10 +6,11 @@ import os
 import random
 import signal
 import socket
+import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,14 +64,19 @@ def served(socket_path: Path, *words: str) -> Iterator[str]:
     argv = ["setpriv", "--pdeathsig", "KILL", "nbdkit", "-f", "-r", "-U", str(socket_path), *words]
     server = subprocess.Popen(argv)
     try:
-        deadline = time.monotonic() + 30
-        while not socket_path.exists():
-            assert server.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
+        with socket.socket(socket.AF_UNIX) as probe:
+            await_answer(server, lambda: probe.connect_ex(str(socket_path)))
         yield f"nbd+unix:///?socket={socket_path}"
     finally:
         server.kill()
         server.wait()
+
+
+def await_answer(server: subprocess.Popen[bytes], attempt: Callable[[], int]) -> None:
+    deadline = time.monotonic() + 30
+    while attempt():
+        assert server.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def disk(*command: str, uri: str = "", size: int = SIZE, secret: str = "", **trust: Any) -> NbdDisk:
@@ -167,7 +173,7 @@ def test_secrets_come_by_file_descriptor_and_are_in_no_command_line(image: Path,
 
 
 def test_blanks_are_filled_in_words_and_other_braces_stay() -> None:
-    assert filled("{path}:{other}{{x}}", {"path": "[ds] a b.vmdk"}) == "[ds] a b.vmdk:{other}{{x}}"
+    assert filled("{path}:{other}${path}{2#x}", {"path": "[ds] a b.vmdk"}) == "[ds] a b.vmdk:{other}${path}{2#x}"
     for wrong in ({"uri": "nbd://h/{nonsense}"}, {"command": ("x", "{nonsense}")}, {"uri": "nbd://h/{password_fd}"}):
         with pytest.raises(ValueError, match="is no blank"):
             NbdSettings(**wrong)
@@ -284,11 +290,8 @@ def secure(image: Path, tmp_path: Path) -> Iterator[tuple[int, str]]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 30
         with socket.socket() as probe:
-            while probe.connect_ex(("127.0.0.1", port)):
-                assert server.poll() is None and time.monotonic() < deadline
-                time.sleep(0.01)
+            await_answer(server, lambda: probe.connect_ex(("127.0.0.1", port)))
         yield port, certificate.read_text()
     finally:
         server.kill()
@@ -296,8 +299,6 @@ def secure(image: Path, tmp_path: Path) -> Iterator[tuple[int, str]]:
 
 
 def test_tls_is_verified_by_ca_or_pin(secure: tuple[int, str], image: Path, tmp_path: Path) -> None:
-    import ssl
-
     port, pem = secure
     uri = f"nbds://127.0.0.1:{port}"
     pin = thumbprint_of(ssl.PEM_cert_to_DER_cert(pem), like="0" * 64)
@@ -319,11 +320,8 @@ def test_a_server_without_tls_is_refused_where_tls_was_asked_for(image: Path, tm
     where = ["-i", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(["nbdkit", "-f", "-r", *where, "file", str(image)])
     try:
-        deadline = time.monotonic() + 30
         with socket.socket() as probe:
-            while probe.connect_ex(("127.0.0.1", port)):
-                assert server.poll() is None and time.monotonic() < deadline
-                time.sleep(0.01)
+            await_answer(server, lambda: probe.connect_ex(("127.0.0.1", port)))
         with pytest.raises(NbdTlsRefused, match="speaks no TLS"):
             NbdReader(disk(uri=f"nbds://127.0.0.1:{port}")).__enter__()
     finally:
