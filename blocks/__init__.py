@@ -1,6 +1,8 @@
 """What an operator configures once and keeps secret: Prefect blocks, settings and nothing else."""
 
+from blocks.esxi import ESXiHost
+from blocks.nbd import NbdSource
 from blocks.vcenter import VCenter
 from blocks.vddk import VddkToolkit
 
-__all__ = ["VCenter", "VddkToolkit"]
+__all__ = ["ESXiHost", "NbdSource", "VCenter", "VddkToolkit"]

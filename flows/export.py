@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prefect import flow
 
-from blocks import VCenter, VddkToolkit
+from blocks import ESXiHost, NbdSource, VCenter, VddkToolkit
 from tasks.boot import check_boot, proven
 from tasks.convert import land
 from tasks.define import check_definable, define
@@ -21,7 +21,7 @@ from tasks.job import Job, job_at_work
 from tasks.models import DiskJob, ExportJob, Manifest, Roads
 from tasks.report import commit, manifest_of
 from tasks.road import road_of
-from tasks.route import chains, on_a_road, roads_for
+from tasks.route import Means, chains, on_a_road, roads_for
 from tasks.snapshot import check_snapshot, drop_snapshot, kept_if_interrupted, point_in_time
 from tasks.steps import check_room, side_by_side
 from tasks.succession import clean_up
@@ -35,7 +35,13 @@ from tasks.transfer import transfer
     on_crashed=[clean_up],
     on_failure=[clean_up],
 )
-async def export_vm(vcenter: VCenter, options: ExportJob, toolkit: VddkToolkit | None = None) -> Manifest:
+async def export_vm(
+    vcenter: VCenter,
+    options: ExportJob,
+    toolkit: VddkToolkit | None = None,
+    nbd_source: NbdSource | None = None,
+    esxi_host: ESXiHost | None = None,
+) -> Manifest:
     """Copy a VM's disks out of vSphere and land them, verified, as images that KVM starts from.
 
     A snapshot freezes the VM, each disk is read by the road chosen, the snapshot is removed whatever happens,
@@ -47,10 +53,11 @@ async def export_vm(vcenter: VCenter, options: ExportJob, toolkit: VddkToolkit |
     Args:
         vcenter: Where the VM is now: a saved vCenter, or a new one through Add.
         options: Which VM to export, where to, and how.
-        toolkit: Where VMware's VDDK lies on the worker's machine, for the transport vddk, and for auto, which then
-            takes it.
+        toolkit: For the transports vddk and auto: where VMware's VDDK lies on the worker's machine.
+        nbd_source: For the transports nbd and auto: the server, or the command, that disks are read from.
+        esxi_host: For the transports ssh and auto: the host that has the disks' files.
     """
-    roads = roads_for(options, toolkit=toolkit)
+    roads = roads_for(options, Means(toolkit=toolkit, nbd_source=nbd_source, esxi_host=esxi_host))
     async with job_at_work(vcenter, options) as job:
         if options.boot_check:
             need_tools(uefi=job.vm.firmware == "efi")

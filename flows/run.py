@@ -20,7 +20,14 @@ from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from tasks.errors import PrefectUnreachable
-from tasks.models import DownloadJob, ExportJob, ExportOptions, JobOptions, SyncJob, VddkJob
+from tasks.models import (
+    DownloadJob,
+    ExportJob,
+    ExportOptions,
+    JobOptions,
+    SyncJob,
+    VddkJob,
+)
 from tasks.process import dying_with_us
 
 if TYPE_CHECKING:
@@ -38,14 +45,21 @@ def flow_of(options: ExportOptions, vcenter: VCenter) -> Callable[[], Awaitable[
     from flows.cbt_sync import cbt_sync
     from flows.download_only import download_only
     from flows.export import export_vm
+    from flows.means import road_blocks, saved_blocks
     from flows.vddk_download import vddk_download
 
     job = options.job()
     if isinstance(job, VddkJob):
         toolkit = VddkToolkit(libdir=options.vddk_libdir)
         return partial(vddk_download, vcenter=vcenter, toolkit=toolkit, options=job)
+    if isinstance(job, ExportJob):
+        given = road_blocks(options)
+
+        async def export() -> Any:
+            return await export_vm(vcenter=vcenter, options=job, **(given | await saved_blocks(options)))
+
+        return export
     flows: dict[type[JobOptions], Callable[..., Awaitable[Any]]] = {
-        ExportJob: export_vm,
         DownloadJob: download_only,
         SyncJob: cbt_sync,
     }

@@ -113,6 +113,16 @@ def vsphere(
     seed: int = 0,
     enable_cbt: Annotated[bool, Parameter(negative=())] = False,
     vddk_libdir: Path | None = None,
+    nbd_uri: str = "",
+    nbd_command: str = "",
+    nbd_ca_file: Path | None = None,
+    nbd_source: str = "",
+    esxi_host: str = "",
+    esxi_user: str = "root",
+    esxi_host_key: str = "",
+    esxi_key_file: Path | None = None,
+    esxi_password_file: Path | None = None,
+    esxi_block: str = "",
     vddk_disk: str = "",
     all_disks: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
@@ -150,7 +160,7 @@ def vsphere(
     compression
         Of qcow2, in a second pass: none, zstd or zlib.
     transport
-        Road of the disks' bytes: auto, folder or vddk.
+        Road of the disks' bytes: auto, vddk, nbd, folder or ssh.
     limit_rate
         Bytes a second that the whole run takes at most, such as 60MiB.
     digest
@@ -210,7 +220,27 @@ def vsphere(
     enable_cbt
         With cbt-sync: switch changed block tracking on where it is off.
     vddk_libdir
-        Folder of VMware's unpacked VDDK; looked for where it usually is, if not said.
+        Folder of VMware's unpacked VDDK; else VDDK_LIBDIR, else looked for where it usually is.
+    nbd_uri
+        For the road nbd: URI of a server, with blanks ({moref}, {number}, …) that are filled for a disk.
+    nbd_command
+        For the road nbd, instead: a command that serves NBD on stdin and stdout, or on {socket}; with blanks.
+    nbd_ca_file
+        PEM file of the CAs that an nbds:// server is believed by.
+    nbd_source
+        For the road nbd, instead: name of a saved NBD Source.
+    esxi_host
+        For the road ssh: the ESXi host that has the disks' files; host:port is understood.
+    esxi_user
+        Account there.
+    esxi_host_key
+        The host's key, pinned: SHA256:… or a public key.
+    esxi_key_file
+        File of a private key that the host knows.
+    esxi_password_file
+        File whose text is the account's password, or the private key's.
+    esxi_block
+        For the road ssh, instead: name of a saved ESXi Host.
     vddk_disk
         With vddk-export: key, label or number of the disk; else the only one, or the first.
     all_disks
@@ -250,6 +280,16 @@ def vsphere(
         "boot_accelerator": boot_accelerator,
         "enable_cbt": enable_cbt,
         "vddk_libdir": vddk_libdir,
+        "nbd_uri": nbd_uri,
+        "nbd_command": nbd_command,
+        "nbd_ca_file": nbd_ca_file,
+        "nbd_source": nbd_source,
+        "esxi_host": esxi_host,
+        "esxi_user": esxi_user,
+        "esxi_host_key": esxi_host_key,
+        "esxi_key_file": esxi_key_file,
+        "esxi_password_file": esxi_password_file,
+        "esxi_block": esxi_block,
         "disk": vddk_disk,
         "all_disks": all_disks,
     }

@@ -31,6 +31,11 @@
     │   ├── VddkOutOfMemory          as a rule the ESXi host, for NFC sessions
     │   ├── VddkCrashed              the process in which it runs ended by itself
     │   └── VddkReadsZeros           it is too old for the server: what is allocated reads as zeros
+    ├── NbdFailed                    an NBD source: unreachable, not what it should be, or a request of it failed
+    │   ├── NbdCommandEnded          the command that serves NBD ended by itself, with its last lines
+    │   └── NbdTlsRefused            its certificate is not trusted, or one of both sides wants no TLS
+    ├── SshFailed                    nobody answers at an ESXi host by SSH, or lets us in
+    │   └── HostKeyChanged           the host, or somebody in between, shows another key than the pinned one
     ├── TransferInterrupted          the source stopped answering; what arrived is kept
     ├── IntegrityMismatch            what was written is not what was read
     ├── JobLocked                    another run of the same job is at work
@@ -295,6 +300,36 @@ class VddkReadsZeros(VddkFailed):
         "A library too old for its server does that: take a newer one. Where the disk really is empty, take another "
         "road (--transport folder)"
     )
+
+
+class NbdFailed(Hyper2KvmError):
+    """The NBD source of {source} ({server}) cannot be used: {why}"""
+
+    remedy = "Mend what it says and run again, or take another road (--transport)"
+
+
+class NbdCommandEnded(NbdFailed):
+    """The command that serves {source} by NBD ended by itself, with {outcome}: {server}"""
+
+    remedy = "What it said last is below; it must stay in the foreground (nbdkit: -f) for as long as it is read from"
+
+
+class NbdTlsRefused(NbdFailed):
+    """The NBD source of {source} ({server}) is not believed: {why}"""
+
+    remedy = "Give the CA of its certificate, or, on a network that nobody else is on, an address without TLS (nbd://)"
+
+
+class SshFailed(Hyper2KvmError):
+    """SSH to {host} failed: {why}"""
+
+    remedy = "See that SSH is on at the host (Actions, Services), and check user, key and password"
+
+
+class HostKeyChanged(SshFailed):
+    """The SSH host key of {host} is not the pinned one: expected {expected}, actual {actual}"""
+
+    remedy = "If the host was reinstalled on purpose, pin the actual one; if not, somebody is in between"
 
 
 class TransferInterrupted(Hyper2KvmError):

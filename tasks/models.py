@@ -137,7 +137,86 @@ class VddkSettings(Value):
     large_buffers: bool = False
 
 
-RoadSettings = Annotated[FolderSettings | VddkSettings, Field(discriminator="road")]
+NBD_BLANKS = (
+    "host", "port", "user", "esxi", "moref", "snapshot", "path", "key", "number", "thumbprint", "socket",
+    "password_fd", "secret_fd",
+)  # fmt: skip
+"""What may stand in braces in the URI or command of an NBD source; the last three in a command only."""
+BLANK = re.compile(r"(?<!\$){([a-z_]+)}")  # `${name}` is a shell's
+NBD_SCHEMES = ("nbd", "nbd+unix", "nbds")
+
+
+class NbdSettings(Value):
+    """An NBD server that there is, or a command that is one: exactly one of the two, with blanks to fill for a disk.
+
+    command: words; it serves on stdin and stdout, or on the socket that `{socket}` names, and stays in the foreground.
+    secret: what it may read from the file descriptor `{secret_fd}`. trust: of a server reached by TLS.
+    """
+
+    road: Literal["nbd"] = "nbd"
+    uri: str = ""
+    command: tuple[str, ...] = ()
+    trust: Trust = Trust()
+    secret: SecretStr | None = Field(default=None, exclude=True)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if bool(self.uri) == bool(self.command):
+            raise ValueError("give the URI of an NBD server, or a command that is one")
+        if self.uri and self.uri.partition("://")[0] not in NBD_SCHEMES:
+            raise ValueError(f"{self.uri!r} begins with none of {', '.join(f'{each}://' for each in NBD_SCHEMES)}")
+        known = NBD_BLANKS if self.command else NBD_BLANKS[:-3]
+        for word in (self.uri, *self.command):
+            for blank in BLANK.findall(word):
+                if blank not in known:
+                    raise ValueError(f"{{{blank}}} is no blank: there are {', '.join(known)}")
+        return self
+
+
+class SshSettings(Value):
+    """An account at an ESXi host that may log in by SSH.
+
+    host_key: the host's, pinned: `SHA256:…` or `ssh-ed25519 AAAA…`. key: a private key in OpenSSH's or PEM form.
+    password: of the account, or of the key where one is given.
+    """
+
+    road: Literal["ssh"] = "ssh"
+    host: str
+    port: int = 22
+    user: str = "root"
+    host_key: str
+    key: SecretStr | None = Field(default=None, exclude=True)
+    password: SecretStr | None = Field(default=None, exclude=True)
+
+    @field_validator("host_key")
+    @classmethod
+    def _is_a_key(cls, text: str) -> str:
+        return normalise_host_key(text)
+
+    @model_validator(mode="after")
+    def _has_a_secret(self) -> Self:
+        if not (self.key or self.password):
+            raise ValueError(f"give a key or a password of {self.user} at {self.host}")
+        return self
+
+
+def normalise_host_key(text: str) -> str:
+    """Return `SHA256:…` or `<type> <base64>` out of a fingerprint, a public key or a line of known_hosts.
+
+    Raises InvalidInput.
+    """
+    if match := re.search(r"\bSHA256:[A-Za-z0-9+/]{43}\b", text):
+        return match[0]
+    if match := re.search(r"\b((?:ssh|ecdsa)-[\w@.-]+) +(AAAA[A-Za-z0-9+/]+=*)", text):
+        return f"{match[1]} {match[2]}"
+    raise InvalidInput(
+        what="SSH host key",
+        why=f"{text!r} is neither SHA256:… nor a public key",
+        remedy="Copy it at the host itself (ssh-keygen -lf /etc/ssh/ssh_host_rsa_key.pub)",
+    )
+
+
+RoadSettings = Annotated[FolderSettings | VddkSettings | NbdSettings | SshSettings, Field(discriminator="road")]
 """What a road needs to know beside the disk, a class a road. A job's state holds it: a secret in it is not dumped."""
 
 
@@ -511,8 +590,10 @@ class ExportTransport(StrEnum):
     """Roads out of vSphere that `export` can take."""
 
     auto = "auto"
-    folder = "folder"
     vddk = "vddk"
+    nbd = "nbd"
+    folder = "folder"
+    ssh = "ssh"
 
 
 SLOWEST_BYTES_PER_S = 64 * 1024
@@ -985,6 +1066,16 @@ class ExportOptions(BaseModel):
     export_mode: str = "export"
     transport: str = "auto"
     vddk_libdir: OptionalText = ""
+    nbd_uri: str = ""
+    nbd_command: str = ""
+    nbd_ca_file: OptionalText = ""
+    nbd_source: str = ""
+    esxi_host: str = ""
+    esxi_user: str = "root"
+    esxi_host_key: str = ""
+    esxi_key_file: Path | None = None
+    esxi_password_file: Path | None = None
+    esxi_block: str = ""
     limit_rate: str = ""
     overcommit: bool = False
     digest: str = "blake3"

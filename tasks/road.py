@@ -12,13 +12,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
+from tasks import tls
 from tasks.images.state import JobState
-from tasks.models import Connection, VddkSettings, VirtualDisk
+from tasks.models import Connection, NbdSettings, SshSettings, VddkSettings, VirtualDisk
 from tasks.reader import Reader
 from tasks.slots import one_of
 from tasks.transports.bulk import Shared
 from tasks.transports.folder import FolderDisk, FolderReader
-from tasks.transports.vddk import VddkDisk, VddkReader
+from tasks.transports.nbd import NbdDisk, NbdReader
+from tasks.transports.ssh import SshDisk, SshReader
+from tasks.transports.vddk import SHA1_DIGITS, VddkDisk, VddkReader
 from tasks.vsphere import tickets
 from tasks.vsphere.session import Session, borrow
 
@@ -119,8 +122,48 @@ def _by_vddk(wanted: Opening) -> Iterator[Reader]:
         yield reader
 
 
+@contextmanager
+def _by_nbd(wanted: Opening) -> Iterator[Reader]:
+    job, disk, connection = wanted.job, wanted.disk, wanted.connection
+    assert isinstance(job.road, NbdSettings)
+    needs_thumbprint = any("{thumbprint}" in word for word in job.road.command)
+    shown = tls.believed_certificate(connection) if needs_thumbprint else b""
+    blanks = {
+        "host": connection.host,
+        "port": str(connection.port),
+        "user": connection.username,
+        "esxi": job.vm.host_name,
+        "moref": job.vm.moref,
+        "snapshot": job.snapshot.moref if job.snapshot else "",
+        "path": disk.datastore_path,
+        "key": str(disk.key),
+        "number": str(disk.index),
+        "thumbprint": tls.colons(tls.thumbprint_of(shown, like=SHA1_DIGITS)) if shown else "",
+    }
+    source = NbdDisk(
+        settings=job.road,
+        blanks=blanks,
+        password=connection.password,
+        datastore_path=disk.datastore_path,
+        capacity_bytes=disk.capacity_bytes,
+    )
+    with NbdReader(source, stop=wanted.stop) as reader:
+        yield reader
+
+
+@contextmanager
+def _by_ssh(wanted: Opening) -> Iterator[Reader]:
+    assert isinstance(wanted.job.road, SshSettings)
+    disk = wanted.disk
+    source = SshDisk(settings=wanted.job.road, datastore_path=disk.datastore_path, capacity_bytes=disk.capacity_bytes)
+    with SshReader(source) as reader:
+        yield reader
+
+
 ROADS: dict[str, Road] = {
     "vddk": Road(_by_vddk, chains=True, sparse=True),
+    "nbd": Road(_by_nbd, chains=True, sparse=True),
     "folder": Road(_by_folder),
+    "ssh": Road(_by_ssh),
 }
 """By name; in the order in which `auto` prefers them."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 
 from prefect.logging import get_run_logger
 
-from blocks import VCenter, VddkToolkit
+from blocks import ESXiHost, NbdSource, VCenter, VddkToolkit
 from tasks.disks import check_flat
-from tasks.errors import ConnectionFailed, Hyper2KvmError, NoRoad, TransferInterrupted, VddkUnavailable
+from tasks.errors import ConnectionFailed, Hyper2KvmError, InvalidInput, NoRoad, TransferInterrupted, VddkUnavailable
 from tasks.images.state import JobState
-from tasks.models import ExportJob, FolderSettings, Roads, RoadSettings, SkippedRoad, VddkSettings
+from tasks.models import ExportJob, FolderSettings, Roads, RoadSettings, SkippedRoad, Value, VddkSettings
 from tasks.probe import probe
 from tasks.road import ROADS, road_of
 from tasks.steps import connection_of, in_thread
@@ -21,31 +21,61 @@ from tasks.transports.vddk_library import find_library
 INTERRUPTIONS = (TransferInterrupted, ConnectionFailed)  # after which a run is gone on with
 
 
-def roads_for(options: ExportJob, *, toolkit: VddkToolkit | None = None) -> Roads:
+class Means(Value):
+    """What an operator configured for roads that need something."""
+
+    toolkit: VddkToolkit | None = None
+    nbd_source: NbdSource | None = None
+    esxi_host: ESXiHost | None = None
+
+
+def roads_for(options: ExportJob, means: Means) -> Roads:
     """Return the roads that the options allow, before anything is connected.
 
     Of one that they name, what is missing is raised (VddkUnavailable, InvalidInput); of those that `auto` may choose
     among, it is why they are skipped.
     """
-    ways = {"vddk": _vddk, "folder": _folder}
     if options.transport != "auto":
-        return Roads(candidates=(ways[options.transport](options, toolkit),))
+        return Roads(candidates=(WAYS[options.transport](options, means),))
     candidates, skipped = [], []
-    for name, settings_of in ways.items():
+    for name in ROADS:
         try:
-            candidates.append(settings_of(options, toolkit))
-        except VddkUnavailable as error:
+            candidates.append(WAYS[name](options, means))
+        except (VddkUnavailable, InvalidInput) as error:
             skipped.append(SkippedRoad(road=name, why=error.cause))
     return Roads(candidates=tuple(candidates), skipped=tuple(skipped))
 
 
-def _folder(options: ExportJob, toolkit: VddkToolkit | None) -> RoadSettings:
+def _vddk(options: ExportJob, means: Means) -> RoadSettings:
+    libdir = Path(options.vddk_libdir) if options.vddk_libdir else None
+    return usable(means.toolkit.settings() if means.toolkit else VddkSettings(libdir=libdir))
+
+
+def _nbd(options: ExportJob, means: Means) -> RoadSettings:
+    if means.nbd_source:
+        return means.nbd_source.settings()
+    remedy = "Give --nbd-uri or --nbd-command, or choose a saved NBD Source (--nbd-source)"
+    raise InvalidInput(what="transport nbd", why="no NBD source is given", remedy=remedy)
+
+
+def _folder(options: ExportJob, means: Means) -> RoadSettings:
     return FolderSettings()
 
 
-def _vddk(options: ExportJob, toolkit: VddkToolkit | None) -> RoadSettings:
-    libdir = Path(options.vddk_libdir) if options.vddk_libdir else None
-    return usable(toolkit.settings() if toolkit else VddkSettings(libdir=libdir))
+def _ssh(options: ExportJob, means: Means) -> RoadSettings:
+    if means.esxi_host:
+        return means.esxi_host.settings()
+    remedy = "Give --esxi-host and --esxi-host-key, or choose a saved ESXi Host (--esxi-block)"
+    raise InvalidInput(what="transport ssh", why="no ESXi host is given", remedy=remedy)
+
+
+WAYS: dict[str, Callable[[ExportJob, Means], RoadSettings]] = {
+    "vddk": _vddk,
+    "nbd": _nbd,
+    "folder": _folder,
+    "ssh": _ssh,
+}
+"""What tells a road's settings, or raises what it lacks, by the road's name."""
 
 
 def usable(settings: VddkSettings) -> VddkSettings:

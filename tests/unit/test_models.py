@@ -97,7 +97,7 @@ def test_the_sources_options_become_the_modes_own():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("export_mode", "warm_migration"), ("transport", "ssh"), ("transport", "nfc_lease")],
+    [("export_mode", "warm_migration"), ("transport", "carrier_pigeon")],
 )
 def test_what_is_not_built_is_refused_by_name(field, value):
     with pytest.raises(NotBuilt, match=f"{value}.*is not built yet"):
