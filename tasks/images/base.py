@@ -103,12 +103,16 @@ def sound(pair: Base, digests: Digests) -> str:
 def same_tracking(before: str | None, now: str | None) -> str:
     """Return why a changeId says nothing of what happened since another; "" where it does.
 
-    A changeId is `<uuid>/<number>`: another uuid means that tracking began anew in between.
+    A changeId is `<uuid>/<number>`: another uuid means that tracking began anew in between, and a number that did not
+    go up that the disk was put back, its tracking with it, as an array or a backup does that restores files.
     """
     if not before:
         return "the copy was made without changed block tracking"
     if not now:
         return "the disk has no changeId"
-    if before.partition("/")[0] != now.partition("/")[0]:
+    (tracked, _, at), (tracking, _, since) = before.partition("/"), now.partition("/")
+    if tracked != tracking:
         return "changed block tracking was reset since the last copy"
+    if at.isdecimal() and since.isdecimal() and int(since) <= int(at):
+        return f"its changeId has number {since} and the copy's has {at}: the disk was put back to an older state"
     return ""

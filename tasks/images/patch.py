@@ -80,9 +80,7 @@ class _Patched:
     connections: how many threads may be at the source at once; `depth` is of those that are at anything.
     """
 
-    def __init__(
-        self, source: Reader, image: Image, changes: Changes, digests: Digests, *, connections: int
-    ) -> None:
+    def __init__(self, source: Reader, image: Image, changes: Changes, digests: Digests, *, connections: int) -> None:
         self.size, self.preferred_extent_bytes = source.size, source.preferred_extent_bytes
         self.depth = connections * AHEAD
         self.road, self.road_reason, self.source = source.road, source.road_reason, source.source

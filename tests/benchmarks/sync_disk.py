@@ -1,7 +1,7 @@
-"""One sync of a VM's first disk as a process: `sync_disk <address> <CA file> <user> <VM's moref> <folder> [<connections>]`.
+"""One sync of a VM's first disk as a process: `sync_disk <address> <CA file> <user> <moref> <folder> [<connections>]`.
 
-What the steps of `cbt_sync` do with a disk, snapshot and manifest included, but without Prefect. The password comes from
-VCENTER_PASSWORD. Where there is no manifest it makes a whole copy of what is allocated. Prints its figures as JSON.
+What the steps of `cbt_sync` do with a disk, snapshot and manifest included, but without Prefect. The password comes
+from VCENTER_PASSWORD. Without a manifest it makes a whole copy of what is allocated. Prints its figures as JSON.
 """
 
 from __future__ import annotations
@@ -95,9 +95,7 @@ def again(
     reader: FolderReader, base: Base, folder: Path, changed: Callable[[str], tuple[Extent, ...]]
 ) -> dict[str, Any]:
     """Sync, read back, have it count; return what that took."""
-    synced, took = timed(
-        lambda: bring_up_to_date(reader, base, folder, changed, limits=Limits(threads=reader.depth))
-    )
+    synced, took = timed(lambda: bring_up_to_date(reader, base, folder, changed, limits=Limits(threads=reader.depth)))
     count(folder, read_manifest(folder).model_copy(update={"disks": (synced.image,)}))
     return took | {
         "how": synced.how,

@@ -85,7 +85,7 @@ type failMethod struct {
 // taskMethods can fail in their task.
 var taskMethods = []string{
 	"CreateSnapshot_Task", "CreateSnapshotEx_Task", "RemoveSnapshot_Task", "RemoveAllSnapshots_Task",
-	"ConsolidateVMDisks_Task", "ReconfigVM_Task",
+	"ConsolidateVMDisks_Task", "ReconfigVM_Task", "RevertToSnapshot_Task",
 }
 
 // privileges that can be refused, with the methods that need them (vSphere Web Services API, "Required Privileges").

@@ -66,6 +66,12 @@ class Source:
         self.content[: len(before)] = before  # of the size that it has now: hosts do not extend what has snapshots
         self.reset()
 
+    def restore(self, back: int) -> None:
+        """As `revert`, but the tracking is of that time too: the next points have the numbers of those since."""
+        self.content[:] = self.history[-1 - back]
+        del self.epochs[len(self.epochs) - back :]
+        self.epochs[-1] = set()
+
     def point(self) -> str:
         """Take the snapshot to sync to; return its changeId."""
         self.frozen = bytes(self.content)
@@ -210,6 +216,19 @@ def test_where_nobody_knows_what_changed_only_what_differs_is_written(tmp_path: 
     assert_counts(tmp_path, source)
 
 
+def test_a_disk_put_back_with_its_tracking_is_read_whole(tmp_path: Path) -> None:
+    source = Source()
+    make_copy(tmp_path, source)
+    source.write(BLOCK, b"written, and undone by the restore")
+    sync(tmp_path, source, source.point())
+    source.restore(1)
+    source.write(5 * BLOCK, b"written since")
+    synced = sync(tmp_path, source, source.point())
+    assert (synced.how, synced.written_bytes) == ("everything", 2 * BLOCK)
+    assert "put back to an older state" in synced.why
+    assert_counts(tmp_path, source)
+
+
 def test_a_leaf_that_a_power_cut_tore_is_fetched_whole_whatever_its_digest_says(tmp_path: Path) -> None:
     source, files = Source(), DiskFiles(tmp_path, 0)
     make_copy(tmp_path, source)
@@ -236,6 +255,15 @@ def test_digests_that_are_gone_are_no_ground_to_build_on_in_a_torn_image_either(
     synced = sync(tmp_path, source, source.point())
     assert (synced.how, synced.image.bytes_transferred) == ("everything", SIZE)
     assert_counts(tmp_path, source)
+
+
+def test_a_copy_whose_disks_are_of_several_points_in_time_is_refused(tmp_path: Path) -> None:
+    make_copy(tmp_path, Source())
+    refuse_torn(tmp_path)
+    manifest = read_manifest(tmp_path)
+    write_manifest(tmp_path, manifest.model_copy(update={"consistent": False}))
+    with pytest.raises(InvalidInput, match="several points in time"):
+        refuse_torn(tmp_path)
 
 
 def test_a_dirty_list_that_cannot_be_read_means_all_of_the_disk(tmp_path: Path) -> None:
