@@ -154,6 +154,9 @@ func (m *machine) withBackings(devices []types.BaseVirtualDevice, ref string) []
 			}
 			copied := *old
 			copied.Backing = d.backing(at)
+			if ref == "" {
+				copied.CapacityInBytes, copied.CapacityInKB = d.capacity, d.capacity/1024
+			}
 			if ref != "" {
 				copied.Backing = d.momentBacking(ref, at)
 			}
@@ -252,6 +255,9 @@ func (m *machine) RevertToCurrentSnapshotTask(
 // ReconfigVMTask lets the simulator reconfigure, then puts right what it makes of the disks' files.
 func (m *machine) ReconfigVMTask(ctx *simulator.Context, req *types.ReconfigVM_Task) soap.HasFault {
 	ref := m.runTask(ctx, "ReconfigVM_Task", func(*simulator.Task) (types.AnyType, types.BaseMethodFault) {
+		if fault := m.grow(&req.Spec); fault != nil {
+			return nil, fault
+		}
 		res := m.VirtualMachine.ReconfigVMTask(ctx, req).(*methods.ReconfigVM_TaskBody).Res
 		if _, fault := inner(ctx, res.Returnval); fault != nil {
 			return nil, fault
