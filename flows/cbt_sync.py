@@ -12,7 +12,7 @@ from tasks.describe import describe_domain
 from tasks.disks import Choice, check_flat, copyable_disks
 from tasks.errors import TrackingOff
 from tasks.images.base import base_of, paired
-from tasks.images.state import discard, write_state
+from tasks.images.state import discard
 from tasks.job import Job, job_at_work
 from tasks.models import Manifest, Roads, SyncJob
 from tasks.probe import probe
@@ -55,14 +55,14 @@ async def cbt_sync(vcenter: VCenter, options: SyncJob) -> Manifest:
 async def _brought_up_to_date(vcenter: VCenter, job: Job, base: Manifest, options: SyncJob) -> Manifest:
     """Return the manifest of the copy as of a new point in time, of all its disks at once."""
     vm, folder, name, give_up = job.vm, job.folder, job.snapshot_name, partial(discard, job.folder)
-    # Never a snapshot of a run before: from the manifest's changeId on, one of now costs hardly more.
+    # Never a snapshot of a run before: from the manifest's changeId on, one of now costs hardly more. So no state is
+    # written either, and a run that was killed keeps none: `clean_up` removes its snapshot.
     async with point_in_time(vcenter, vm, options, name=name, before=None, give_up=give_up) as snapshot:
         disks = await copyable_disks(vcenter, job.server, vm, snapshot, Choice())
         check_flat(disks, snapshot)
         pairs = paired(folder, base, vm, disks)
         state = job.state(snapshot, disks)
         await probe(vcenter, state)
-        write_state(folder, state)
         skip = options.skip_readback
         calls = [partial(sync_disk, vcenter, state, pair, folder, skip_readback=skip) for pair in pairs]
         synced = await side_by_side(calls, at_once=options.parallel_disks)

@@ -5,6 +5,7 @@
 //	{"folder_503": 3}                      the next 3 /folder replies are 503
 //	{"cut_after": 65536, "count": 2}       the next 2 GET replies with more disk data than that are cut there
 //	{"stall_s": 5, "count": 1}             the next GET reply with more than 4096 bytes of disk data hangs after these
+//	{"folder_latency_s": 0.02}             every /folder reply begins that much later; 0 ends it
 //	{"throttle_bytes_per_s": 1048576}      each body with disk data is served at that pace; 0 ends it
 //	{"fail_method": {"method": "CreateSnapshot_Task", "fault": "InsufficientResourcesFault", "count": 1,
 //	                 "in_task": true, "message": "…", "detail": {…}}}
@@ -54,6 +55,7 @@ type faultRequest struct {
 	Count           *int         `json:"count"`
 	MergeFails      *int         `json:"merge_fails"`
 	Throttle        *int64       `json:"throttle_bytes_per_s"`
+	Latency         *float64     `json:"folder_latency_s"`
 	FailMethod      *failMethod  `json:"fail_method"`
 	DelayMethod     *delayMethod `json:"delay_method"`
 	TaskTakes       *delayMethod `json:"task_takes"`
@@ -83,7 +85,7 @@ type failMethod struct {
 // taskMethods can fail in their task.
 var taskMethods = []string{
 	"CreateSnapshot_Task", "CreateSnapshotEx_Task", "RemoveSnapshot_Task", "RemoveAllSnapshots_Task",
-	"ConsolidateVMDisks_Task", "ReconfigVM_Task",
+	"ConsolidateVMDisks_Task", "ReconfigVM_Task", "RevertToSnapshot_Task",
 }
 
 // privileges that can be refused, with the methods that need them (vSphere Web Services API, "Required Privileges").
@@ -147,6 +149,7 @@ type faults struct {
 	stall      countdown
 	stallS     float64
 	throttle   int64
+	latencyS   float64
 	merge      countdown
 	delays     []*delay // of calls
 	lengths    []*delay // of tasks
@@ -185,6 +188,9 @@ func (f *faults) set(r faultRequest) error {
 	if r.Throttle != nil {
 		f.throttle = *r.Throttle
 	}
+	if r.Latency != nil {
+		f.latencyS = *r.Latency
+	}
 	if r.ListAs != nil {
 		f.listAs = r.ListAs
 	}
@@ -210,7 +216,7 @@ func (f *faults) set(r faultRequest) error {
 }
 
 func (f *faults) clear() {
-	f.noLogin, f.throttle, f.hosts, f.cbt = false, 0, "", cbtTrouble{}
+	f.noLogin, f.throttle, f.latencyS, f.hosts, f.cbt = false, 0, 0, "", cbtTrouble{}
 	f.folder503, f.cut, f.stall, f.merge = countdown{}, countdown{}, countdown{}, countdown{}
 	f.refused, f.taskFaults = map[string]bool{}, nil
 	f.delays, f.lengths, f.listAs = nil, nil, nil
@@ -410,6 +416,13 @@ func (f *faults) onFolder(r *http.Request) int {
 		return http.StatusServiceUnavailable
 	}
 	return 0
+}
+
+// latency is how long a /folder request waits for its reply.
+func (f *faults) latency() time.Duration {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return time.Duration(f.latencyS * float64(time.Second))
 }
 
 // bodyPlan is what a body with disk data has to suffer.

@@ -77,6 +77,9 @@ func (l *lab) basicLogin(w http.ResponseWriter, user, password string, next http
 func (l *lab) serveFolder(w http.ResponseWriter, r *http.Request, next http.Handler) {
 	meter := &meter{ResponseWriter: w, plan: bodyPlan{cutAfter: -1}, lab: l, request: r}
 	defer func() { l.stats.http(r.URL.Path, meter.sent) }()
+	if wait := l.faults.latency(); wait > 0 {
+		meter.pause(wait)
+	}
 	if !l.authorised(meter, r, next) {
 		w.Header().Set("WWW-Authenticate", `Basic realm="VMware HTTP server"`)
 		http.Error(meter, "401 Unauthorized", http.StatusUnauthorized)
