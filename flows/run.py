@@ -20,7 +20,7 @@ from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from tasks.errors import PrefectUnreachable
-from tasks.models import DownloadJob, ExportJob, ExportOptions, JobOptions, SyncJob, VddkJob
+from tasks.models import DownloadJob, ExportJob, ExportOptions, JobOptions, SyncJob, VddkJob, WarmJob
 from tasks.process import dying_with_us
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def flow_of(options: ExportOptions, vcenter: VCenter) -> Callable[[], Awaitable[
     from flows.download_only import download_only
     from flows.export import export_vm
     from flows.vddk_download import vddk_download
+    from flows.warm_migration import warm_migration
 
     job = options.job()
     if isinstance(job, VddkJob):
@@ -48,6 +49,7 @@ def flow_of(options: ExportOptions, vcenter: VCenter) -> Callable[[], Awaitable[
         ExportJob: export_vm,
         DownloadJob: download_only,
         SyncJob: cbt_sync,
+        WarmJob: warm_migration,
     }
     return partial(flows[type(job)], vcenter=vcenter, options=job)
 
