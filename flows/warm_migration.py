@@ -146,6 +146,7 @@ class _Migrating:
             number=len(self.campaign.rounds) + 1,
             taken=_taken(copy.manifest),
             window_s=_between(base, copy.manifest),
+            whole=base.vm.power_state == "poweredOn",
             changed_bytes=_fetched(copy.manifest),
             snapshot_s=taken - began,
             transfer_s=copy.transfer_s,

@@ -488,11 +488,13 @@ class Round(Value):
 
     window_s: from the snapshot before this one's to its, in which `changed_bytes` were written. transfer_s: for
     fetching them. overhead_s: for the rest of the sync. taken: when its snapshot was, by the source's clock (ISO 8601).
+    whole: whether the guest ran all through the window.
     """
 
     number: int
     taken: str
     window_s: float
+    whole: bool = True
     changed_bytes: int
     snapshot_s: float
     transfer_s: float
