@@ -83,11 +83,11 @@ def _go_off(vcenter: VCenter, vm: VirtualMachine, timeout_s: float, options: War
         if timeout_s and power.shut_down(session, vm, timeout_s=timeout_s, stop=stop.is_set):
             return "its guest shut down"
         if stop.is_set() or not options.power_off_source:
-            why = f"its guest did not shut down within {timeout_s:.0f} s"
+            why = f"its guest did not shut down within {timeout_s:g} s"
             remedy = "Give it more time (--shutdown-timeout), or allow it to be powered off (--power-off-source)"
             raise GuestStaysOn(vm=vm.name, why=why, remedy=remedy)
         power.power_off(session, vm)
-        return f"powered off, its guest having had {timeout_s:.0f} s" if timeout_s else "powered off"
+        return f"powered off, its guest having had {timeout_s:g} s" if timeout_s else "powered off"
 
 
 @task(name="put-aside", task_run_name="put {vm.name} aside", cache_policy=NO_CACHE)
