@@ -73,6 +73,7 @@ class _Migrating:
         self.source = Source(hard=False)
         self.snapshot_at = 0.0  # of the last round; monotonic
         self.said: Forecast | None = None
+        self.notes: list[str] = []
 
     async def run(self) -> Migration:
         base = base_of(self.folder)
@@ -126,6 +127,7 @@ class _Migrating:
             words = form_words(base, self.campaign.rounds, self.said, self.options)
             try:
                 if await until.is_time(self.said, words):
+                    self.notes += [until.note] if until.note else []
                     return base
                 await until.rest(self.options.pause.total_seconds())
             except CutoverRefused:
@@ -296,12 +298,12 @@ class _Migrating:
     ) -> Migration:
         if migration is None:
             migration = Migration(manifest=copy, rounds=self.campaign.rounds, forecast=self.said)
-            notes = (in_words(self.said),) if self.said else ()
+            self.notes += [in_words(self.said)] if self.said else []
         else:
             cutover.forget_campaign(self.folder)
             removed = f"the last snapshot was removed in {removal_s:.1f} s, beside the cutover" if removal_s else ""
-            notes = (removed or "the last snapshot was not seen removed: remove it in vSphere",)
-        migration = migration.model_copy(update={"removal_s": removal_s, "notes": notes})
+            self.notes.append(removed or "the last snapshot was not seen removed: remove it in vSphere")
+        migration = migration.model_copy(update={"removal_s": removal_s, "notes": tuple(self.notes)})
         if migration.folder:
             cutover.land(self.folder, migration)
         await tell_migration(migration)

@@ -20,6 +20,9 @@ from tasks.models import Estimate, Forecast, Round, Value
 
 ROUNDS_SEEN = 12  # the last ones, of which a guest's habits are learned
 ROUNDS_NEEDED = 4  # before a forecast is believed
+WIDEST = (
+    2.0  # an interval whose upper end is more than so many times its lower is narrowed by more rounds, if it can be
+)
 ALIKE = 4.0  # rounds whose window is longer or shorter than the one forecast by more than this tell little of it
 ONCE = 0.3  # of what was measured once only: how far the next may be off, as a share of it
 LEAST = 0.08  # no estimate is nearer than this share of it, nor than
@@ -63,7 +66,7 @@ def measured(samples: Sequence[float]) -> Estimate:
 def shutdown_of(seen_s: Sequence[float], *, expected_s: float, hard: bool) -> tuple[Estimate, bool]:
     """Return how long the source takes to go off, and whether that is but a guess. seen_s: how long it took before."""
     if hard:
-        return HARD_POWER_OFF, False
+        return HARD_POWER_OFF, True
     if expected_s:
         return Estimate(expected=expected_s, off=max(ONCE * expected_s, LEAST_S)), False
     return (measured(seen_s), False) if seen_s else (GUESSED_SHUTDOWN, True)
@@ -96,6 +99,10 @@ def forecast(
         return Forecast(verdict="will not converge", why=why, **said)
     if len(seen) < ROUNDS_NEEDED:
         return Forecast(verdict="too early", why=f"of {ROUNDS_NEEDED} rounds {len(seen)} were seen", **said)
+    narrower = len(seen) < ROUNDS_SEEN and not known.guessed
+    if narrower and downtime.high > WIDEST * downtime.low:
+        why = f"{downtime.low:.1f} to {downtime.high:.1f} s is too wide to rest on, and more rounds tell more"
+        return Forecast(verdict="too early", why=why, **said)
     if downtime.high <= budget_s:
         return Forecast(verdict="fits", why=f"at most {downtime.high:.1f} s of {budget_s:.0f}", **said)
     return Forecast(verdict="does not fit", why=f"up to {downtime.high:.1f} s, and {budget_s:.0f} allowed", **said)

@@ -28,6 +28,10 @@ class Until(Protocol):
     def link(self) -> str:
         """Where a person says that it is time; "" where nobody is asked."""
 
+    @property
+    def note(self) -> str:
+        """Who said so, for the report; "" where nobody was asked."""
+
     async def is_time(self, forecast: Forecast, words: str) -> bool:
         """Tell, after a round, whether the cutover begins now. Raises WillNotConverge, CutoverRefused."""
 
@@ -38,7 +42,7 @@ class Until(Protocol):
 class Fitting:
     """As soon as the forecast fits the budget."""
 
-    link = ""
+    link = note = ""
 
     def __init__(self, vm: str, budget_s: float) -> None:
         self._vm, self._budget_s = vm, budget_s
@@ -55,7 +59,7 @@ class Fitting:
 class AtTime:
     """At a time, the last round being over just before it."""
 
-    link = ""
+    link = note = ""
 
     def __init__(self, at: datetime) -> None:
         self._at, self._round_began = at, time.monotonic()
@@ -86,6 +90,7 @@ class Approved:
         self._request, self._key, self._asked = request, f"cutover-{campaign.id}", asked
         self._run = campaign.approval
         self._approved = False
+        self.note = ""
 
     @property
     def link(self) -> str:
@@ -116,5 +121,5 @@ class Approved:
             raise CutoverRefused(vm=self._request.vm, why=found)
         if found.decision != "cut over":
             raise CutoverRefused(vm=self._request.vm, why=f"stopped in the form ({found.note or 'without a note'})")
-        self._approved = True
+        self._approved, self.note = True, f"approved in {self.link}: {found.note or 'without a note'}"
         get_run_logger().info("approved flow_run=%s note=%r", self._run, found.note)

@@ -329,7 +329,7 @@ def test_a_cutover_is_approved_in_the_browser_while_rounds_go_on(
         page.picture(PICTURES / "migration.png")
     folder, moref = tmp_path / "copies" / VM, busy_guest.vm(VM)["moref"]
     made = Migration.model_validate_json((folder / "cutover" / "cutover.json").read_text())
-    assert made.forecast and made.downtime_s
+    assert made.forecast and made.downtime_s and "by the test" in made.notes[0]
     for image in made.manifest.disks:
         assert raw_sha256(folder / "cutover" / image.path, tmp_path) == busy_guest.sha256(moref, image.index)
     check_nothing_left(busy_guest)

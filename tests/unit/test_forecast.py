@@ -12,6 +12,7 @@ from tasks.forecast import (
     GUESSED_SHUTDOWN,
     HARD_POWER_OFF,
     ROUNDS_NEEDED,
+    ROUNDS_SEEN,
     Known,
     forecast,
     measured,
@@ -135,13 +136,22 @@ def test_how_long_a_shutdown_takes_is_what_was_said_else_what_was_seen_else_a_gu
     seen, guessed = shutdown_of([4.0, 5.0, 4.5], expected_s=0, hard=False)
     assert (seen.expected, guessed) == (4.5, False)
     assert shutdown_of([], expected_s=0, hard=False) == (GUESSED_SHUTDOWN, True)
-    assert shutdown_of([40.0], expected_s=0, hard=True) == (HARD_POWER_OFF, False)
+    assert shutdown_of([40.0], expected_s=0, hard=True) == (HARD_POWER_OFF, True)
 
 
-def test_what_is_only_guessed_is_said():
+def test_an_interval_too_wide_to_rest_on_is_narrowed_by_more_rounds_but_not_for_ever():
+    wild = [
+        each.model_copy(update={"changed_bytes": int(each.changed_bytes * (0.1 if each.number % 2 else 2))})
+        for each in Guest(6).rounds(ROUNDS_SEEN)
+    ]
+    verdicts = [of(wild[:number])[0].verdict for number in range(ROUNDS_NEEDED, ROUNDS_SEEN + 1)]
+    assert set(verdicts[:-1]) == {"too early"} and verdicts[-1] == "fits"
+
+
+def test_what_is_only_guessed_is_said_and_not_waited_for():
     knows = Known(shutdown_s=GUESSED_SHUTDOWN, preparing_s=measured([0.2]), guessed=("shutdown",))
     said, _ = of(Guest(4).rounds(6), knows=knows)
-    assert said.guessed == ("shutdown",)
+    assert (said.guessed, said.verdict) == (("shutdown",), "does not fit")
     assert said.downtime_s.high > 2 * said.downtime_s.low
 
 
