@@ -20,14 +20,7 @@ from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from tasks.errors import PrefectUnreachable
-from tasks.models import (
-    DownloadJob,
-    ExportJob,
-    ExportOptions,
-    JobOptions,
-    SyncJob,
-    VddkJob,
-)
+from tasks.models import DownloadJob, ExportJob, ExportOptions, JobOptions, SyncJob, VddkJob, WarmJob
 from tasks.process import dying_with_us
 
 if TYPE_CHECKING:
@@ -47,6 +40,7 @@ def flow_of(options: ExportOptions, vcenter: VCenter) -> Callable[[], Awaitable[
     from flows.export import export_vm
     from flows.means import road_blocks, saved_blocks
     from flows.vddk_download import vddk_download
+    from flows.warm_migration import warm_migration
 
     job = options.job()
     if isinstance(job, VddkJob):
@@ -62,6 +56,7 @@ def flow_of(options: ExportOptions, vcenter: VCenter) -> Callable[[], Awaitable[
     flows: dict[type[JobOptions], Callable[..., Awaitable[Any]]] = {
         DownloadJob: download_only,
         SyncJob: cbt_sync,
+        WarmJob: warm_migration,
     }
     return partial(flows[type(job)], vcenter=vcenter, options=job)
 

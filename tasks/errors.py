@@ -41,6 +41,10 @@
     ├── JobLocked                    another run of the same job is at work
     ├── OutputExists
     ├── NotDefined                   an exported VM that is not put into libvirt
+    ├── GuestStaysOn                 the source does not go off, or is not seen to be
+    ├── WillNotConverge              a downtime that no number of rounds would bring below its budget
+    ├── CutoverRefused               a person said no
+    ├── NotRolledBack                the source cannot be put back as it was
     ├── DiskFull
     ├── BootFailed                   the copy is there, and its domain was seen not to start
     ├── BootUnproven                 the same, and nothing proves that it starts or that it does not
@@ -368,6 +372,33 @@ class OutputExists(Hyper2KvmError):
 
 class NotDefined(Hyper2KvmError):
     """{name} is not defined in libvirt ({uri}): {reason}"""
+
+    remedy = "{remedy}"
+
+
+class GuestStaysOn(Hyper2KvmError):
+    """{vm} is not shut down: {why}"""
+
+    remedy = "{remedy}"
+
+
+class WillNotConverge(Hyper2KvmError):
+    """The downtime of {vm} will not come below {budget_s:.0f} s: {why}"""
+
+    remedy = (
+        "Allow more (--downtime-budget), read faster (--connections, --parallel-disks), or let a person decide "
+        "(--cutover approval); the copy is as of the last round, and the source runs"
+    )
+
+
+class CutoverRefused(Hyper2KvmError):
+    """The cutover of {vm} was not approved: {why}"""
+
+    remedy = "The copy is as of the last round, and the source runs; run again to go on with it"
+
+
+class NotRolledBack(Hyper2KvmError):
+    """{vm} is not put back: {why}"""
 
     remedy = "{remedy}"
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from tasks.errors import CopyUnfit
 from tasks.images.changes import Changes, closed_up, everything
+from tasks.images.cutover import refuse_cut_over
 from tasks.images.digests import Digests
 from tasks.images.layout import DiskFiles
 from tasks.images.manifest import MANIFEST, read_manifest
@@ -57,10 +58,11 @@ class Plan(Value):
 def base_of(folder: Path) -> Manifest | None:
     """Return the manifest of the copy in `folder`; None where there is none.
 
-    Raises InvalidInput for a damaged one, CopyUnfit for one of a download.
+    Raises InvalidInput for a damaged one, CopyUnfit for one of a download, or one that a domain may run from.
     """
     if not (folder / MANIFEST).exists():
         return None
+    refuse_cut_over(folder)
     manifest = read_manifest(folder)
     if not isinstance(manifest, Manifest):
         raise CopyUnfit(folder=folder, reason="it is a download, byte for byte, and no images")
