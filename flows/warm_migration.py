@@ -28,7 +28,7 @@ from tasks.images.boot import need_tools
 from tasks.images.cutover import PLACE, REHEARSAL, Campaign, read_aside, read_campaign, write_aside, write_campaign
 from tasks.images.state import discard
 from tasks.job import Job, job_at_work
-from tasks.models import Aside, Forecast, Manifest, Migration, Round, WarmJob
+from tasks.models import Aside, Forecast, Manifest, Migration, Roads, Round, WarmJob
 from tasks.power import Source, begin_aside, check_shutdown, go_off, put_aside
 from tasks.resolve import describe
 from tasks.snapshot import point_in_time
