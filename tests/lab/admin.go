@@ -154,6 +154,13 @@ func (l *lab) adminFaults(r *http.Request) (any, error) {
 	if err := decode(r, &q); err != nil {
 		return nil, err
 	}
+	if q.FailLeases != "" {
+		fault, err := newFault(q.FailLeases, nil)
+		if err != nil {
+			return nil, err
+		}
+		l.failLeases(fault)
+	}
 	if err := l.faults.set(q); err != nil || !q.ResetCBT {
 		return struct{}{}, err
 	}

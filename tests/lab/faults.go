@@ -27,6 +27,8 @@
 //	                                       (allocated, whole, fail); areas that did not change among the others; areas
 //	                                       beyond the disk's end, or overlapping ones
 //	{"reset_cbt": true}                    every tracked disk forgets, and has changeIds of a new uuid from now on
+//	{"lease_lie": "order", "count": 1}     the next stream of a leased disk is not what it says: see streamvmdk.go
+//	{"fail_leases": "Timedout"}            every lease that is held is in its error state at once, with that fault
 //	{"clear": true}                        ends all of these first
 package main
 
@@ -63,6 +65,8 @@ type faultRequest struct {
 	Hosts           string       `json:"hosts"`
 	CBT             *cbtTrouble  `json:"cbt"`
 	ResetCBT        bool         `json:"reset_cbt"`
+	LeaseLie        string       `json:"lease_lie"`
+	FailLeases      string       `json:"fail_leases"`
 
 	ListAs map[string]string `json:"list_as"`
 }
@@ -99,6 +103,7 @@ var privileges = map[string][]string{
 	"Datastore.Browse":                       {"SearchDatastore_Task", "SearchDatastoreSubFolders_Task"},
 	"Datastore.FileManagement":               {"DeleteDatastoreFile_Task", "MoveDatastoreFile_Task"},
 	"VirtualMachine.Provisioning.GetVmFiles": {},
+	"VApp.Export":                            {"ExportVm", "ExportSnapshot"},
 }
 
 // folderPrivileges refuse /folder too.
@@ -157,6 +162,8 @@ type faults struct {
 	refused    map[string]bool
 	hosts      string
 	cbt        cbtTrouble
+	lie        countdown
+	lieName    string
 	taskFaults []*taskFault
 	listAs     map[string]string
 }
@@ -206,6 +213,9 @@ func (f *faults) set(r faultRequest) error {
 	if r.CBT != nil {
 		f.cbt = *r.CBT
 	}
+	if r.LeaseLie != "" {
+		f.lieName, f.lie = r.LeaseLie, newCountdown(r.Count)
+	}
 	if r.FailMethod != nil {
 		f.failMethod(*r.FailMethod, fault)
 	}
@@ -218,7 +228,7 @@ func (f *faults) set(r faultRequest) error {
 
 func (f *faults) clear() {
 	f.noLogin, f.throttle, f.latencyS, f.hosts, f.cbt = false, 0, 0, "", cbtTrouble{}
-	f.folder503, f.cut, f.stall, f.merge = countdown{}, countdown{}, countdown{}, countdown{}
+	f.folder503, f.cut, f.stall, f.merge, f.lie = countdown{}, countdown{}, countdown{}, countdown{}, countdown{}
 	f.refused, f.taskFaults = map[string]bool{}, nil
 	f.delays, f.lengths, f.listAs = nil, nil, nil
 	f.lab.model.Service.ClearFaultRules()
@@ -233,6 +243,9 @@ func (f *faults) check(r faultRequest) (types.BaseMethodFault, error) {
 		return nil, fmt.Errorf("hosts: no trouble %q here", r.Hosts)
 	}
 	if err := r.CBT.check(); err != nil {
+		return nil, err
+	}
+	if err := checkLeaseLie(r.LeaseLie); err != nil {
 		return nil, err
 	}
 	if r.TaskTakes != nil && !slices.Contains(taskMethods, r.TaskTakes.Method) {
@@ -337,6 +350,16 @@ func (l *lab) sleep(length time.Duration) {
 	case <-time.After(length):
 	case <-l.stopped:
 	}
+}
+
+// takeLeaseLie is the lie that the next leased stream tells, "" for none.
+func (f *faults) takeLeaseLie() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.lie.take() {
+		return f.lieName
+	}
+	return ""
 }
 
 // mergeFails says whether this removal of a snapshot leaves its deltas.

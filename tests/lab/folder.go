@@ -191,7 +191,8 @@ type meter struct {
 	lab     *lab
 	request *http.Request
 	plan    bodyPlan
-	disk    bool // a GET of disk data
+	disk    bool  // a GET of disk data
+	length  int64 // of the body, where the header does not say
 	sent    int64
 	status  int
 	stalled bool
@@ -222,7 +223,10 @@ func (m *meter) ReadFrom(r io.Reader) (n int64, err error) {
 func (m *meter) WriteHeader(status int) {
 	m.status = status
 	if m.carriesDisk() {
-		length, _ := strconv.ParseInt(m.Header().Get("Content-Length"), 10, 64)
+		length, err := strconv.ParseInt(m.Header().Get("Content-Length"), 10, 64)
+		if err != nil {
+			length = m.length
+		}
 		m.plan = m.lab.faults.onBody(length)
 	}
 	m.ResponseWriter.WriteHeader(status)

@@ -50,6 +50,8 @@
 //	  "host_ignores_range": false,  /folder answers 200 and the whole file to a Range request
 //	  "free_licence": false,        calls that change something answer RestrictedVersion, as on a free ESXi
 //	  "vss": false, "consolidation_needed": false   for every VM
+//	  "lease": {"timeout_s": 300, "star": false, "form": "host"},   of exports: "*" as the URLs' host; "qemu": streams
+//	                                as qemu-img makes them, not as a host does (streamvmdk.go)
 //	  "api_version": "6.5",         that clients may speak: one of 6.5 is not told what a virtual TPM is
 //	}
 //
@@ -77,6 +79,7 @@ type scenario struct {
 	FreeLicence      bool             `json:"free_licence"`
 	VSS              bool             `json:"vss"`
 	APIVersion       string           `json:"api_version"`
+	Lease            leaseSpec        `json:"lease"`
 	consolidation
 }
 

@@ -41,6 +41,10 @@ func (l *lab) wrapper(ref types.ManagedObjectReference) mo.Reference {
 		return nil
 	}
 	switch ref.Type {
+	case "OvfManager":
+		if o, ok := l.ctx.Map.Get(ref).(*simulator.OvfManager); ok {
+			return &ovfManager{o, l}
+		}
 	case "VirtualMachine":
 		if m := l.machines[ref]; m != nil {
 			return m
