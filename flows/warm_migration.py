@@ -29,10 +29,11 @@ from tasks.images.cutover import PLACE, REHEARSAL, Campaign, read_aside, read_ca
 from tasks.images.state import discard
 from tasks.job import Job, job_at_work
 from tasks.models import Aside, Forecast, Manifest, Migration, Roads, Round, WarmJob
-from tasks.power import Source, begin_aside, check_shutdown, go_off, put_aside
+from tasks.power import Source, as_it_was, begin_aside, check_shutdown, go_off, put_aside
 from tasks.resolve import describe
 from tasks.snapshot import point_in_time
 from tasks.source import sample_disk
+from tasks.steps import quietly, to_the_end
 from tasks.succession import clean_up
 from tasks.sync import enable_tracking
 from tasks.until import Approved, AtTime, Fitting, Until
@@ -130,8 +131,8 @@ class _Migrating:
                     self.notes += [until.note] if until.note else []
                     return base
                 await until.rest(self.options.pause.total_seconds())
-            except CutoverRefused:
-                self._remember(id=uuid.uuid4().hex, approval="")  # the next run asks anew
+            except (CutoverRefused, asyncio.CancelledError):
+                await to_the_end(self._ask_anew())
                 raise
 
     async def _round(self, base: Manifest) -> tuple[Manifest, Round]:
@@ -208,6 +209,12 @@ class _Migrating:
             return Approved(request, self.campaign, self._asked)
         return Fitting(vm.name, options.downtime_budget.total_seconds())
 
+    async def _ask_anew(self) -> None:
+        """Have the next run ask for an approval of its own."""
+        if asked := self.campaign.approval:
+            self._remember(id=uuid.uuid4().hex, approval="")
+            await quietly(approval.withdraw(asked))
+
     async def _asked(self, run_id: str) -> None:
         self._remember(approval=run_id)
 
@@ -227,7 +234,7 @@ class _Migrating:
     async def _taken_over(self, base: Manifest) -> Migration:
         clock = _Clock()
         vm = self.job.vm
-        aside = read_aside(self.folder) or await begin_aside(self.vcenter, self.job.server, vm, self.folder)
+        aside = await begin_aside(self.vcenter, self.job.server, vm, self.folder)
         how = await go_off(self.vcenter, vm, self.source, self.options)
         clock.note("shutdown")
         synced: asyncio.Future[tuple[SyncedCopy, Aside]] = asyncio.get_running_loop().create_future()
@@ -238,24 +245,33 @@ class _Migrating:
             if not synced.done():
                 await last  # raises
             copy, aside = synced.result()
-            made = await prepare(copy.manifest, self.folder, PLACE, self.options)
-            await self._boots()
-            clock.note("preparing")
-            migration = Migration(
-                manifest=made, rounds=self.campaign.rounds, forecast=self.said, folder=self.folder / PLACE, how=how,
-                downtime_s=clock.total_s, parts=clock.parts,
-            )  # fmt: skip
-            cutover.land(self.folder, migration)
-            if self.options.define:
-                write_aside(self.folder, aside.model_copy(update=_domain_of(made, self.options)))
-                await define(self.vcenter, made, self.folder / PLACE, self.options)
-                clock.note("define")
-            migration = migration.model_copy(update={"downtime_s": clock.total_s, "parts": clock.parts})
+            migration = await self._startable(copy.manifest, aside, clock, how)
         except BaseException:
             last.cancel()
             await asyncio.gather(last, return_exceptions=True)
             raise
         return await self._ended(copy.manifest, migration, await self._removal_s(last))
+
+    async def _startable(self, copy: Manifest, aside: Aside, clock: _Clock, how: str) -> Migration:
+        """Make what the domain starts from, and define it, where that was asked; return what came of it."""
+        made = await prepare(copy, self.folder, PLACE, self.options)
+        await self._boots()
+        clock.note("preparing")
+        migration = Migration(
+            manifest=made,
+            rounds=self.campaign.rounds,
+            forecast=self.said,
+            downtime_s=clock.total_s,
+            parts=clock.parts,
+            how=how,
+            folder=self.folder / PLACE,
+        )
+        cutover.land(self.folder, migration)
+        if self.options.define:
+            write_aside(self.folder, aside.model_copy(update=_domain_of(made, self.options)))
+            await define(self.vcenter, made, self.folder / PLACE, self.options)
+            clock.note("define")
+        return migration.model_copy(update={"downtime_s": clock.total_s, "parts": clock.parts})
 
     async def _last_sync(
         self, base: Manifest, aside: Aside, clock: _Clock, synced: asyncio.Future[tuple[SyncedCopy, Aside]]
@@ -267,8 +283,8 @@ class _Migrating:
         point = point_in_time(self.vcenter, job.vm, self.options, name=name, before=None, give_up=give_up)
         async with point as snapshot:
             clock.note("snapshot")
-            # The domain is of the VM as it was before it was put aside.
-            copy = await sync_to(self.vcenter, _as_it_was(job, self.job), snapshot, base, self.options)
+            was = job.model_copy(update={"vm": as_it_was(job.vm, aside)})
+            copy = await sync_to(self.vcenter, was, snapshot, base, self.options)
             clock.note("sync", "transfer", copy.transfer_s)
             await self._compare(job, copy)
             clock.note("sample")
@@ -332,12 +348,6 @@ class _Clock:
         if inside:
             self.parts[inside] = inside_s
         self._noted = now
-
-
-def _as_it_was(now: Job, before: Job) -> Job:
-    """Return a job of which the VM's place is that of `now`, and its name and cards are those of `before`."""
-    vm = now.vm.model_copy(update={"name": before.vm.name, "nics": before.vm.nics})
-    return now.model_copy(update={"vm": vm})
 
 
 def _domain_of(made: Manifest, options: WarmJob) -> dict[str, str]:

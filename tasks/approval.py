@@ -9,12 +9,13 @@ from typing import Literal
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments import arun_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.input import RunInput
 from prefect.input.actions import acreate_flow_run_input, adelete_flow_run_input
 from prefect.input.run_input import keyset_from_base_key
+from prefect.states import Cancelled
 from prefect.utilities.urls import url_for
 from pydantic import Field
 
@@ -91,6 +92,15 @@ async def remind(run_id: str, words: str) -> None:
 async def _replace(run_id: UUID, words: str) -> None:
     await adelete_flow_run_input(KEYS["description"], flow_run_id=run_id)
     await acreate_flow_run_input(KEYS["description"], words, flow_run_id=run_id)
+
+
+async def withdraw(run_id: str) -> None:
+    """Have nobody asked any more: what would be answered then is not what was asked for."""
+    async with get_client() as client:
+        state = (await client.read_flow_run(UUID(run_id))).state
+        if state is None or not state.is_final():
+            gone: State[None] = Cancelled(message="The migration that asked was cancelled.")
+            await client.set_flow_run_state(UUID(run_id), gone, force=True)
 
 
 async def answer(run_id: str) -> CutoverDecision | str | None:

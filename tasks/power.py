@@ -13,7 +13,7 @@ from prefect.logging import get_run_logger
 
 from blocks import VCenter
 from tasks.errors import GuestStaysOn, NotRolledBack
-from tasks.images.cutover import write_aside
+from tasks.images.cutover import read_aside, write_aside
 from tasks.models import Aside, Value, VCenterInfo, VirtualMachine, WarmJob
 from tasks.steps import connection_of, in_thread, on_vcenter
 from tasks.vsphere import power
@@ -48,7 +48,13 @@ async def check_shutdown(vcenter: VCenter, vm: VirtualMachine, options: WarmJob)
 
 
 async def begin_aside(vcenter: VCenter, server: VCenterInfo, vm: VirtualMachine, folder: Path) -> Aside:
-    """Write durably what the source is before anything is done to it, and return that."""
+    """Write durably what the source is before anything is done to it, and return that.
+
+    What a run before wrote, which was killed in its cutover, still holds, unless the VM runs and was left as it was.
+    """
+    before = read_aside(folder)
+    if before and (vm.power_state == "poweredOff" or before.renamed_to or before.disconnected):
+        return before
     aside = Aside(
         vcenter_uuid=server.uuid,
         moref=vm.moref,
@@ -104,6 +110,13 @@ async def put_aside(vcenter: VCenter, vm: VirtualMachine, aside: Aside, options:
         await on_vcenter(vcenter, power.rename, vm, aside.renamed_to)
     get_run_logger().info("put aside vm=%s renamed=%r disconnected=%s", vm.moref, aside.renamed_to, aside.disconnected)
     return aside
+
+
+def as_it_was(vm: VirtualMachine, aside: Aside) -> VirtualMachine:
+    """Return a VM with the name and the connections that it had before it was put aside: its copy gets these."""
+    start = {state.key: state.start_connected for state in aside.nics}
+    nics = tuple(nic.model_copy(update={"connected": start.get(nic.key, nic.connected)}) for nic in vm.nics)
+    return vm.model_copy(update={"name": aside.shown_name, "nics": nics})
 
 
 @task(name="put-back", task_run_name="put {vm.name} back", cache_policy=NO_CACHE)

@@ -38,14 +38,16 @@ def shutdown_times(session: Session, moref: str) -> tuple[float, ...]:
 
     Empty where there are none, or the server does not tell. Source: EventManager.QueryEvents.
     """
-    entity = session.entity(vim.VirtualMachine, moref)
+    entity, manager = session.entity(vim.VirtualMachine, moref), session.content.eventManager
+    if manager is None:
+        return ()
     kind = vim.event.EventFilterSpec
     spec = kind(
         entity=kind.ByEntity(entity=entity, recursion="self"),
         eventTypeId=["VmGuestShutdownEvent", "VmPoweredOffEvent"],
     )
     try:
-        events = session.call("to list its events", lambda: session.content.eventManager.QueryEvents(spec))
+        events = session.call("to list its events", lambda: manager.QueryEvents(spec))
     except VsphereFault as error:
         log.info("no events are told vm=%s fault=%s", moref, error.cause)
         return ()

@@ -179,6 +179,8 @@ def test_killed_there_the_next_run_goes_on_and_a_rollback_still_undoes_all(lab, 
         assert died.returncode == -9, (moment, died.stderr)
         lab.post("/faults", clear=True, expire_sessions=True)
     assert seen(lab)[:2] == ("busy-gone", "poweredOff")
+    text = (folder / "cutover" / "domain.xml").read_text()
+    assert ">busy<" in text and text.count('<link state="down"') == 1  # as they were, before any of that
     done = run_command(lab, "rollback", str(folder), env=api)
     assert done.returncode == 0, done.stderr
     assert "powered on" in done.stdout
