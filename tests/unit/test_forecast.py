@@ -92,15 +92,30 @@ def test_the_real_downtime_is_in_the_interval_and_that_is_no_wider_than_twice():
         said, since_s = of(guest.rounds(6))
         inside += said.downtime_s.low <= guest.cutover(since_s, 4.0) <= said.downtime_s.high
         narrow += said.downtime_s.high <= 2 * said.downtime_s.low
-    assert inside >= 0.9 * runs, inside
-    assert narrow >= 0.9 * runs, narrow
+    assert inside >= 0.96 * runs, inside
+    assert narrow >= 0.96 * runs, narrow
 
 
 def test_a_guest_that_writes_evenly_is_told_more_closely_than_one_that_writes_in_bursts():
     bursts = Guest(1).rounds(6)
     even = [each.model_copy(update={"changed_bytes": int(10 * MB * each.window_s)}) for each in bursts]
-    assert written(even, window_s=8.0).off < written(bursts, window_s=8.0).off
+    assert 1.5 * written(even, window_s=8.0).off < written(bursts, window_s=8.0).off
     assert written(even, window_s=8.0).expected == pytest.approx(80 * MB, rel=0.01)
+
+
+def test_the_longer_a_shutdown_may_take_the_more_may_be_written_meanwhile():
+    rounds = Guest(1).rounds(6)
+    assert written(rounds, window_s=8.0, off_s=6.0).off > 1.5 * written(rounds, window_s=8.0).off
+
+
+def test_a_round_in_which_the_guest_was_off_for_a_while_tells_nothing_of_what_it_writes():
+    rounds = Guest(1).rounds(6)
+    idle = rounds[2].model_copy(update={"changed_bytes": 1000})
+    told = [*rounds[:2], idle.model_copy(update={"whole": False}), *rounds[3:]]
+    taken = [*rounds[:2], idle, *rounds[3:]]
+    assert written(told, window_s=8.0) == written([*rounds[:2], *rounds[3:]], window_s=8.0)
+    assert written(told, window_s=8.0).off < written(taken, window_s=8.0).off
+    assert of(told[:ROUNDS_NEEDED])[0].verdict == "too early"
 
 
 def test_it_is_too_early_until_enough_rounds_were_seen_then_it_fits_or_does_not():
