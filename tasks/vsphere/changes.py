@@ -27,7 +27,8 @@ def enable_tracking(session: Session, vm: VirtualMachine, *, name: str, descript
     """Have vSphere track the VM's changed blocks; a snapshot `name`, made and removed, lets it begin without a reboot.
 
     Raises FenceClosed for a VM that has snapshots: below them nothing would be tracked. TrackingOff where vSphere
-    takes the wish and does not fulfil it, for the VM or for a disk. Source: VirtualMachineConfigSpec.changeTrackingEnabled.
+    takes the wish and does not fulfil it, for the VM or for a disk.
+    Source: VirtualMachineConfigSpec.changeTrackingEnabled.
     """
     entity = session.entity(vim.VirtualMachine, vm.moref)
     if retrieve(session, [entity], ("snapshot",)).get(entity, {}).get("snapshot"):
