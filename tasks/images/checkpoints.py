@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
+from typing import Protocol
 
 from tasks.images.digests import Digests
 from tasks.images.extents import merged
-from tasks.images.journal import Journal
 from tasks.images.pool import POLL_S, Pool
 from tasks.images.writer import Writer
 from tasks.models import Extent
@@ -17,6 +18,12 @@ EVERY_BYTES = WINDOW_BYTES // 2  # so that one half lands while the other is mad
 EVERY_S = 2.0
 
 
+class Durable(Protocol):
+    """Who is told what is durable: a journal."""
+
+    def append(self, extents: Iterable[Extent]) -> None: ...
+
+
 class Checkpoints:
     """What has landed since the last one, and who has to wait for the next.
 
@@ -24,8 +31,17 @@ class Checkpoints:
     but one, at the end.
     """
 
-    def __init__(self, writer: Writer, digests: Digests, journal: Journal | None, *, pool: Pool[Extent]) -> None:
+    def __init__(
+        self,
+        writer: Writer,
+        digests: Digests,
+        journal: Durable | None,
+        *,
+        pool: Pool[Extent],
+        every_bytes: int = EVERY_BYTES,
+    ) -> None:
         self._writer, self._digests, self._journal, self._pool = writer, digests, journal, pool
+        self._every_bytes = every_bytes
         self._landed: list[Extent] = []
         self._landed_bytes = self._not_durable_bytes = 0
         self._last = time.monotonic()
@@ -39,7 +55,7 @@ class Checkpoints:
             self._landed.append(extent)
             self._landed_bytes += extent.length
             self._not_durable_bytes += extent.length
-            if self._landed_bytes >= EVERY_BYTES:
+            if self._landed_bytes >= self._every_bytes:
                 self._pool.wake()
             while self._not_durable_bytes >= WINDOW_BYTES and not self._pool.ended.is_set():
                 self._room.wait(POLL_S)
@@ -47,7 +63,7 @@ class Checkpoints:
     def take_if_due(self) -> None:
         """Take a checkpoint where enough has landed, or anything a while ago."""
         late = self._landed and time.monotonic() - self._last >= EVERY_S
-        if late or self._landed_bytes >= EVERY_BYTES:
+        if late or self._landed_bytes >= self._every_bytes:
             self.take()
 
     def take(self) -> None:

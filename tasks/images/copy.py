@@ -23,10 +23,9 @@ from tenacity import (
 )
 
 from tasks.errors import IntegrityMismatch, TransferInterrupted
-from tasks.images.checkpoints import Checkpoints
+from tasks.images.checkpoints import EVERY_BYTES, Checkpoints, Durable
 from tasks.images.digests import LEAF_BYTES, Buffer, Digests, is_zero
 from tasks.images.extents import check_plan, pieces
-from tasks.images.journal import Journal
 from tasks.images.leaves import Misread, Piece
 from tasks.images.pool import Pool
 from tasks.images.writer import Writer
@@ -43,13 +42,15 @@ class Limits(Value):
     """How hard to pull, and how long to believe in a source that fails: a minute, if it fails at once each time.
 
     attempts: since the last progress. The waits between them double from the first to the longest, each random
-    between nothing and that (full jitter), so that many copies do not come back at once.
+    between nothing and that (full jitter), so that many copies do not come back at once. checkpoint_bytes: landed, and
+    it is made durable.
     """
 
     threads: int = Field(default=4, ge=1)
     attempts: int = Field(default=10, ge=1)
     first_wait_s: float = 0.5
     longest_wait_s: float = 30.0
+    checkpoint_bytes: int = EVERY_BYTES
 
 
 class CopyResult(Value):
@@ -74,7 +75,7 @@ def copy(
     limits: Limits | None = None,
     progress: Callable[[int], None] | None = None,
     stop: threading.Event | None = None,
-    journal: Journal | None = None,
+    journal: Durable | None = None,
     rate: Rate | None = None,
 ) -> CopyResult:
     """Copy `extents` (whole leaves, sorted) from an entered `reader` to `writer`; return when they are durable.
@@ -109,14 +110,14 @@ class _Copy:
         limits: Limits,
         progress: Callable[[int], None] | None,
         stop: threading.Event | None,
-        journal: Journal | None,
+        journal: Durable | None,
         rate: Rate | None,
     ) -> None:
         self.received = self.covered = self.written = 0
         self._reader, self._writer, self._digests, self._limits = reader, writer, digests, limits
         self._progress, self._rate = progress, rate
         self._pool: Pool[Extent] = Pool(stop=stop, interrupt=reader.interrupt)
-        self._checkpoints = Checkpoints(writer, digests, journal, pool=self._pool)
+        self._checkpoints = Checkpoints(writer, digests, journal, pool=self._pool, every_bytes=limits.checkpoint_bytes)
         self._lock, self._spare = threading.Lock(), list[memoryview]()
 
     def fetch_all(self, planned: tuple[Extent, ...]) -> None:

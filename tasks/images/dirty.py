@@ -1,47 +1,139 @@
-"""`disk-<n>.dirty`: which leaves of an image a sync is about to change, written durably before it changes the first.
+"""`disk-<n>.dirty`: which leaves of an image a sync is about to change, written durably before it changes them.
 
-While there is one, the image is of no point in time, and what is in those leaves, and their digests, is not known. It
-goes once a manifest says what the image is of.
+While there is one, the image is of no point in time, and what is in those leaves, and their digests, is not known. The
+leaves that were done are in it too, with the changeId that they are of: what was fetched is not fetched again. It goes
+once a manifest says what the image is of.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from tasks.errors import InvalidInput
-from tasks.images.extents import leaf_aligned, whole_disk
+from tasks.images.extents import leaf_aligned, merged, pieces, whole_disk, without
 from tasks.images.files import sync, write_atomically
 from tasks.images.layout import DiskFiles
 from tasks.images.manifest import MANIFEST, read_manifest
-from tasks.models import FORMAT_VERSION, Extent, Manifest
+from tasks.models import FORMAT_VERSION, Extent, Manifest, Value
+
+WINDOW_BYTES = 32 * 1024 * 1024  # of leaves that are told at once, at least; a kill leaves two such windows in doubt
+WINDOWS = 128  # at most, so that a long list is not written too often
 
 _log = logging.getLogger(__name__)
-_EXTENTS = TypeAdapter(tuple[Extent, ...])
 
 
-def dirty_leaves(files: DiskFiles, *, size: int) -> tuple[Extent, ...]:
-    """Return the leaves that a sync, not come to its end, was about to change; all, where that cannot be read."""
+class Attempt(Value):
+    """A sync that did not come to its end: `leaves` are as they were at the changeId `at`, and so are their digests."""
+
+    at: str
+    leaves: tuple[Extent, ...] = ()
+
+
+class Torn(Value):
+    """An image between points in time. leaves: of which it is not known what is in them. done: what was before that."""
+
+    version: int = FORMAT_VERSION
+    leaves: tuple[Extent, ...] = ()
+    done: tuple[Attempt, ...] = ()
+
+
+def torn_of(files: DiskFiles, *, size: int) -> Torn | None:
+    """Return what a sync left that did not come to its end, None where none did; all in doubt if that is unreadable."""
     try:
-        content = json.loads(files.dirty.read_bytes())
-        if content["version"] != FORMAT_VERSION:
-            raise ValueError(f"version {content['version']}")
-        return leaf_aligned(_EXTENTS.validate_python(content["leaves"]), size=size)
+        found = Torn.model_validate_json(files.dirty.read_bytes())
+        if found.version != FORMAT_VERSION:
+            raise ValueError(f"version {found.version}")
+        return found.model_copy(update={"leaves": leaf_aligned(found.leaves, size=size)})
     except FileNotFoundError:
-        return ()
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        return None
+    except (ValueError, ValidationError) as error:
         _log.warning("a dirty list is damaged: all is fetched path=%s error=%s", files.dirty, type(error).__name__)
-        return whole_disk(size)
+        return Torn(leaves=whole_disk(size))
 
 
-def begin(files: DiskFiles, leaves: Iterable[Extent]) -> None:
+def begin(files: DiskFiles, leaves: Iterable[Extent], done: Iterable[Attempt] = ()) -> None:
     """Say durably that `leaves` are about to change, in place of what was said before. Raises DiskFull."""
-    told = [leaf.model_dump() for leaf in leaves]
-    write_atomically(files.dirty, json.dumps({"version": FORMAT_VERSION, "leaves": told}) + "\n")
+    attempts = [{"at": each.at, "leaves": _told(each.leaves)} for each in done]
+    content = {"version": FORMAT_VERSION, "leaves": _told(leaves), "done": attempts}
+    write_atomically(files.dirty, json.dumps(content) + "\n")
+
+
+class DirtyList:
+    """What a sync is about to change, told window by window, before it does; and what it has done. For several threads.
+
+    planned: whole leaves, sorted. at: the changeId of the point that they are brought to. at_once: all of them are in
+    doubt from the beginning. Made, it has said durably that the image is torn.
+    """
+
+    def __init__(
+        self,
+        files: DiskFiles,
+        planned: Iterable[Extent],
+        before: Torn,
+        *,
+        at: str,
+        at_once: bool,
+        window_bytes: int = WINDOW_BYTES,
+    ) -> None:
+        self.planned = tuple(planned)
+        self._files, self._before, self._at = files, before, at
+        window_bytes = max(window_bytes, sum(leaf.length for leaf in self.planned) // WINDOWS)
+        self._windows = iter(() if at_once else [*pieces(self.planned, window_bytes)])
+        self._doubt = merged([*before.leaves, *(self.planned if at_once else ())])
+        self._told = self.planned if at_once else ()
+        self._told_up_to = self.planned[-1].end if at_once and self.planned else 0
+        self._window_bytes = window_bytes
+        self._done: tuple[Extent, ...] = ()
+        self._lock = threading.Lock()
+        self._write()
+
+    @property
+    def touched(self) -> tuple[Extent, ...]:
+        """The leaves that this sync, or one before it that did not come to its end, changes."""
+        return merged([*self.planned, *(leaf for each in self._before.done for leaf in each.leaves)])
+
+    def ahead(self, end: int) -> None:
+        """Return once it is durable that all that is planned before byte `end` is about to change. Raises DiskFull."""
+        with self._lock:
+            if end > self._told_up_to:
+                window = self._next_window(end)
+                self._doubt, self._told = merged([*self._doubt, *window]), merged([*self._told, *window])
+                self._write()
+                self._told_up_to = window[-1].end
+
+    def append(self, extents: Iterable[Extent]) -> None:
+        """Take note that leaves and their digests are durable; written with the next window, or by `settle`."""
+        with self._lock:
+            new = tuple(extents)
+            self._doubt, self._done = without(self._doubt, new), merged([*self._done, *new])
+
+    def settle(self) -> None:
+        """Say durably what was done. Raises DiskFull."""
+        with self._lock:
+            self._write()
+
+    def _next_window(self, end: int) -> list[Extent]:
+        window, length = list[Extent](), 0
+        for piece in self._windows:
+            window.append(piece)
+            length += piece.length
+            if piece.end >= end and length >= self._window_bytes:
+                break
+        return window
+
+    def _write(self) -> None:
+        earlier = (each.model_copy(update={"leaves": without(each.leaves, self._told)}) for each in self._before.done)
+        begin(self._files, self._doubt, [*earlier, Attempt(at=self._at, leaves=self._done)])
+
+
+def _told(leaves: Iterable[Extent]) -> list[dict[str, int]]:
+    return [{"start": leaf.start, "length": leaf.length} for leaf in leaves]
 
 
 def forget(folder: Path) -> None:

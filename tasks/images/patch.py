@@ -17,6 +17,7 @@ from typing import Self
 from tasks.images.changes import Changes
 from tasks.images.copy import CLUSTER_BYTES, CopyResult, Limits, copy
 from tasks.images.digests import LEAF_BYTES, Buffer, Digests
+from tasks.images.dirty import DirtyList
 from tasks.images.extents import leaf_extent
 from tasks.images.writer import Image
 from tasks.models import Extent
@@ -44,6 +45,7 @@ def patch(
     changes: Changes,
     *,
     digests: Digests,
+    todo: DirtyList,
     compare: bool = False,
     limits: Limits | None = None,
     progress: Callable[[int], None] | None = None,
@@ -53,15 +55,23 @@ def patch(
     """Fetch `changes` from an entered `reader` into `image`; return once that and its digests are durable.
 
     compare: write only what differs from what is here, which costs reading all of that: where it is not known what
-    changed. Until the caller says that it counts, image and digests are of no point in time: the leaves of `changes`
-    must be known to be dirty, durably, before this is called. Raises what `copy` raises.
+    changed. Until the caller says that it counts, image and digests are of no point in time: `todo`, of the leaves of
+    `changes`, says so, ahead of what is written. Raises what `copy` raises.
     """
-    writer: _Differing | _Fetched = _Differing(image) if compare else _Fetched(image, changes)
+    writer: _Differing | _Fetched = _Differing(image, todo) if compare else _Fetched(image, todo, changes)
     limits = limits or Limits()
     patched = _Patched(reader, image, changes, digests, connections=min(reader.depth, limits.threads))
     limits = limits.model_copy(update={"threads": patched.depth})
     result = copy(
-        patched, changes.leaves, writer, digests=digests, limits=limits, progress=progress, stop=stop, rate=rate
+        patched,
+        changes.leaves,
+        writer,
+        digests=digests,
+        limits=limits,
+        progress=progress,
+        stop=stop,
+        journal=todo,
+        rate=rate,
     )
     if changes.doubted:
         _log.warning("leaves were not as their digests say, and were fetched path=%s n=%d", image.path, changes.doubted)
@@ -158,11 +168,11 @@ class _Patched:
 
 
 class _Writing:
-    """An image as a target that is not written as a whole."""
+    """An image as a target that is not written as a whole; `todo` is told before anything is."""
 
-    def __init__(self, image: Image) -> None:
+    def __init__(self, image: Image, todo: DirtyList) -> None:
         self.written_bytes = self.read_here_bytes = 0
-        self._image = image
+        self._image, self._todo = image, todo
         self._lock = threading.Lock()
 
     @property
@@ -176,12 +186,14 @@ class _Writing:
         """The image is not ours to close."""
 
     def write(self, offset: int, buffer: Buffer) -> None:
+        self._todo.ahead(offset + len(buffer))
         for at, part in self.parts(offset, memoryview(buffer)):
             self._image.write(at, part)
             with self._lock:
                 self.written_bytes += len(part)
 
     def zero(self, offset: int, length: int) -> None:
+        self._todo.ahead(offset + length)
         for at, part in self.parts(offset, memoryview(bytes(length))):
             self._image.zero(at, len(part))
 
@@ -199,8 +211,8 @@ class _Writing:
 class _Fetched(_Writing):
     """Writes what was fetched."""
 
-    def __init__(self, image: Image, changes: Changes) -> None:
-        super().__init__(image)
+    def __init__(self, image: Image, todo: DirtyList, changes: Changes) -> None:
+        super().__init__(image, todo)
         self._changes = changes
 
     def parts(self, offset: int, content: memoryview) -> Iterable[tuple[int, memoryview]]:

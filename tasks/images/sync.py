@@ -4,14 +4,15 @@
 
 An image counts for what its manifest says, until a dirty list says that it is between two points in time; then only a
 new manifest makes it count again. Killed while torn or done, the next run begins at the changeId of the manifest, which
-tells all that was written since, and fetches every dirty leaf whole. How vSphere is asked is not known here.
+tells all that was written since (for leaves that were done, at the one that they were done for), and fetches every leaf
+whole that was in doubt. How vSphere is asked is not known here.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tasks.errors import ChangeIdInvalid, InvalidInput
@@ -20,7 +21,7 @@ from tasks.images.base import Base, Plan, same_tracking, sound
 from tasks.images.changes import Changes
 from tasks.images.copy import Limits
 from tasks.images.digests import Digests, algorithm_of
-from tasks.images.extents import whole_disk
+from tasks.images.extents import merged, whole_disk, within, without
 from tasks.images.layout import DiskFiles
 from tasks.images.manifest import write_manifest
 from tasks.images.patch import PatchResult, patch
@@ -61,6 +62,7 @@ def bring_up_to_date(
     progress: Callable[[int], None] | None = None,
     stop: threading.Event | None = None,
     rate: Rate | None = None,
+    window_bytes: int = dirty.WINDOW_BYTES,
 ) -> Synced:
     """Fetch into the image of `base` what changed on its disk, by an entered reader of that; return once it is durable.
 
@@ -68,16 +70,18 @@ def bring_up_to_date(
     how many bytes there are to do, and how many were done. Raises what `patch` raises.
     """
     files, path, form, size = base.files(folder), folder / base.image.path, base.format, base.disk.capacity_bytes
-    torn = dirty.dirty_leaves(files, size=size)
+    torn = dirty.torn_of(files, size=size)
     if torn:
         qemu.check(path, format=form, mend_leaks=True, stop=stop)
     if torn or base.grown:
         torn = _of_its_size(files, path, base) or torn
     opened, lost = _digests(files, size, base.image.digest)
     with opened as digests:
-        plan = _plan(base, digests, changed, torn=bool(torn), lost=lost)
-        changes = plan.changes(size, torn)
-        dirty.begin(files, changes.leaves)
+        plan = _plan(base, digests, changed, torn=torn, lost=lost)
+        torn = torn or dirty.Torn()
+        changes, at = plan.changes(size, torn.leaves), base.disk.change_id or ""
+        at_once = plan.changed is None
+        todo = dirty.DirtyList(files, changes.leaves, torn, at=at, at_once=at_once, window_bytes=window_bytes)
         if expect:
             expect(sum(leaf.length for leaf in changes.leaves))
         with WRITERS[form].open(path) as image:
@@ -86,15 +90,17 @@ def bring_up_to_date(
                 image,
                 changes,
                 digests=digests,
+                todo=todo,
                 compare=plan.changed is None,
                 limits=limits,
                 progress=progress,
                 stop=stop,
                 rate=rate,
             )
+        todo.settle()
         verified: ReadBack = "skipped"
         if not skip_readback:
-            verified = verify(path, format=form, digests=digests, extents=changes.leaves, stop=stop)
+            verified = verify(path, format=form, digests=digests, extents=todo.touched, stop=stop)
     return _synced(base, plan, changes, result, verified)
 
 
@@ -108,16 +114,16 @@ def count(folder: Path, manifest: Manifest, domain_xml: str = "") -> None:
     discard(folder)
 
 
-def _of_its_size(files: DiskFiles, path: Path, base: Base) -> tuple[Extent, ...]:
+def _of_its_size(files: DiskFiles, path: Path, base: Base) -> dirty.Torn | None:
     """Give an image the size that its disk has now, and say first that all of it is dirty; return that, if any.
 
     One that was killed while its disk was larger is made smaller: what lies beyond was never counted.
     """
     size = base.disk.capacity_bytes
     if not base.grown and qemu.virtual_size(path, format=base.format) == size:
-        return ()
-    everything = whole_disk(size)
-    dirty.begin(files, everything)
+        return None
+    everything = dirty.Torn(leaves=whole_disk(size))
+    dirty.begin(files, everything.leaves)
     qemu.resize(path, format=base.format, size=size)
     return everything
 
@@ -136,17 +142,28 @@ def _digests(files: DiskFiles, size: int, digest: str) -> tuple[Digests, str]:
     return Digests.create(files.digests, size=size, algorithm=algorithm_of(digest)), why
 
 
-def _plan(base: Base, digests: Digests, changed: Changed, *, torn: bool, lost: str) -> Plan:
+def _plan(base: Base, digests: Digests, changed: Changed, *, torn: dirty.Torn | None, lost: str) -> Plan:
     """torn: the digests as a whole are not the manifest's, and need not be. lost: see `_digests`."""
-    since = base.image.change_id
-    why = base.grown or lost or same_tracking(since, base.disk.change_id) or ("" if torn else sound(base, digests))
+    since, now, done = base.image.change_id, base.disk.change_id, torn.done if torn else ()
+    tracked = (same_tracking(at, now) for at in (since, *(each.at for each in done)))
+    why = base.grown or lost or next(filter(None, tracked), "") or ("" if torn else sound(base, digests))
     if since and not why:
         try:
-            return Plan(changed=changed(since), why="")
+            return Plan(changed=_changed_since(since, done, changed), why="")
         except ChangeIdInvalid as error:
             why = str(error.reason)
     log.warning("all is read, and what differs is written path=%s why=%r", base.image.path, why)
     return Plan(changed=None, why=why)
+
+
+def _changed_since(since: str, done: Sequence[dirty.Attempt], changed: Changed) -> tuple[Extent, ...]:
+    """Return what was written since the manifest; of leaves that are of a later point, what was written since that."""
+    found = changed(since)
+    for attempt in done:
+        if attempt.leaves:
+            later = within(changed(attempt.at), attempt.leaves)
+            found = merged([*without(found, attempt.leaves), *later])
+    return found
 
 
 def _synced(base: Base, plan: Plan, changes: Changes, result: PatchResult, verified: ReadBack) -> Synced:

@@ -11,6 +11,7 @@ from pyVmomi import vim
 
 from tasks.errors import ChangeIdInvalid, FenceClosed, TrackingOff, VsphereFault
 from tasks.models import Extent, Snapshot, VirtualDisk, VirtualMachine
+from tasks.vsphere.disks import live_disks
 from tasks.vsphere.properties import retrieve
 from tasks.vsphere.session import Session
 from tasks.vsphere.snapshots import drop_snapshot, take_snapshot
@@ -26,7 +27,8 @@ def enable_tracking(session: Session, vm: VirtualMachine, *, name: str, descript
     """Have vSphere track the VM's changed blocks; a snapshot `name`, made and removed, lets it begin without a reboot.
 
     Raises FenceClosed for a VM that has snapshots: below them nothing would be tracked. TrackingOff where vSphere
-    takes the wish and does not fulfil it. Source: VirtualMachineConfigSpec.changeTrackingEnabled.
+    takes the wish and does not fulfil it, for the VM or for a disk.
+    Source: VirtualMachineConfigSpec.changeTrackingEnabled.
     """
     entity = session.entity(vim.VirtualMachine, vm.moref)
     if retrieve(session, [entity], ("snapshot",)).get(entity, {}).get("snapshot"):
@@ -42,6 +44,10 @@ def enable_tracking(session: Session, vm: VirtualMachine, *, name: str, descript
         raise TrackingOff(vm=vm.name, why="vSphere took the wish to switch it on, and left it off")
     take_snapshot(session, vm, name=name, description=description, quiesce=False, or_crash_consistent=True)
     drop_snapshot(session, vm.moref, name=name)
+    if deaf := [disk.title for disk in live_disks(session, vm) if not disk.change_id and not disk.problem]:
+        raise TrackingOff(
+            vm=vm.name, why=f"it is on, and after a snapshot {', '.join(deaf)} has no changeId all the same"
+        )
     log.info("changed block tracking switched on vm=%s", vm.moref)
 
 

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tasks.fetch import reader_of
 from tasks.images.base import Base
 from tasks.images.copy import Limits, copy
 from tasks.images.digests import Digests
@@ -25,6 +24,7 @@ from tasks.images.manifest import MANIFEST, read_manifest, write_manifest
 from tasks.images.raw import RawWriter
 from tasks.images.sync import bring_up_to_date, count
 from tasks.models import Connection, DiskImage, Extent, Manifest, VirtualDisk
+from tasks.road import folder_reader
 from tasks.transports.folder import FolderDisk, FolderReader
 from tasks.vsphere.changes import ALLOCATED, changed_extents
 from tasks.vsphere.disks import snapshot_disks
@@ -52,7 +52,7 @@ def synced(to: Connection, session: Session, moref: str, folder: Path) -> dict[s
     try:
         disk = snapshot_disks(session, snapshot)[0]
         changed = partial(changed_extents, session, vm, snapshot, disk)
-        with reader_of(FolderDisk.of(disk, vm=vm, connection=to), session) as reader:
+        with folder_reader(FolderDisk.of(disk, vm=vm, connection=to), session) as reader:
             if not (folder / MANIFEST).exists():
                 image, took = timed(lambda: first_copy(reader, disk, folder, changed(since=ALLOCATED)))
                 whole = Manifest(

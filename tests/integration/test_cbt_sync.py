@@ -126,6 +126,13 @@ async def test_tracking_is_switched_on_only_where_that_is_allowed(lab, tmp_path)
     assert_nothing_left(lab)
 
 
+async def test_tracking_that_is_on_and_does_not_begin_is_named(new_lab, tmp_path):
+    lab = new_lab(scenario=site([{"name": "deaf", "disks": DISKS[:1]}]))
+    with faults(lab, cbt={"deaf": True}), pytest.raises(errors.TrackingOff, match=r"Hard disk 1.* has no changeId"):
+        await sync(lab, tmp_path, "deaf", enable_cbt=True)
+    assert_nothing_left(lab)
+
+
 async def test_a_vm_that_has_snapshots_is_not_made_to_track(new_lab, tmp_path):
     lab = new_lab(scenario=site([{"name": "kept", "disks": DISKS[:1], "snapshots": [{"name": "somebody's"}]}]))
     with pytest.raises(errors.FenceClosed, match="below which"):

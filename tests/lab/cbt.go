@@ -128,6 +128,9 @@ func (m *machine) setTracking(enabled *bool) {
 	}
 }
 
+// tracks says whether a snapshot taken now is a point.
+func (m *machine) tracks() bool { return m.cbt.Load() && !m.lab.faults.cbtTrouble().Deaf }
+
 // resetTracking makes every disk of every VM forget what it knew.
 func (l *lab) resetTracking() error {
 	for _, m := range l.machines {
@@ -290,6 +293,7 @@ type cbtTrouble struct {
 	Star     string `json:"star"`
 	TooLarge bool   `json:"too_large"`
 	Wrong    string `json:"wrong"`
+	Deaf     bool   `json:"deaf"`
 }
 
 // check refuses words that nothing is played for.

@@ -22,10 +22,10 @@
 //	{"hosts": "down"}                      until cleared, the ESXi hosts' own port: down: tickets name one where nobody
 //	                                       listens; strange: it shows another certificate than tickets name; unnamed:
 //	                                       tickets name none; busy: it answers 503
-//	{"cbt": {"page": 5, "star": "whole", "too_large": true, "wrong": "beyond"}}
+//	{"cbt": {"page": 5, "star": "whole", "too_large": true, "wrong": "beyond", "deaf": true}}
 //	                                       until cleared, QueryChangedDiskAreas: areas in an answer; how it takes "*"
 //	                                       (allocated, whole, fail); areas that did not change among the others; areas
-//	                                       beyond the disk's end, or overlapping ones
+//	                                       beyond the disk's end, or overlapping ones; snapshots that begin no tracking
 //	{"reset_cbt": true}                    every tracked disk forgets, and has changeIds of a new uuid from now on
 //	{"lease_lie": "order", "count": 1}     the next stream of a leased disk is not what it says: see streamvmdk.go
 //	{"fail_leases": "Timedout"}            every lease that is held is in its error state at once, with that fault

@@ -49,7 +49,7 @@ func (m *machine) createSnapshot(
 		if !d.snapshotted() {
 			continue
 		}
-		if err := d.freeze(ref.Value, m.spec.VSS && quiesce && m.on.Load(), m.cbt.Load()); err != nil {
+		if err := d.freeze(ref.Value, m.spec.VSS && quiesce && m.on.Load(), m.tracks()); err != nil {
 			return nil, fileFault(d, err)
 		}
 	}

@@ -33,7 +33,7 @@ BLOCK = 64 * 1024
 CONTENT = leaves("ab0c0de", tail=5 * 512)
 SIZE = len(CONTENT)
 MEMORY = "/dev/shm"  # where fsync takes no time: thousands of them
-LIMITS = Limits(threads=2, attempts=3, first_wait_s=0.001, longest_wait_s=0.002)
+LIMITS = Limits(threads=2, attempts=3, first_wait_s=0.001, longest_wait_s=0.002, checkpoint_bytes=LEAF_BYTES)
 
 
 class Source:
@@ -148,7 +148,9 @@ def sync(folder: Path, source: Source, change_id: str, *, skip_readback: bool = 
     manifest = read_manifest(folder)
     base = Base(disk=disk(change_id, len(source.frozen)), image=manifest.disks[0])
     with FakeReader(source.frozen, chunk=BLOCK // 2) as reader:
-        synced = bring_up_to_date(reader, base, folder, source.changed, limits=LIMITS, skip_readback=skip_readback)
+        synced = bring_up_to_date(
+            reader, base, folder, source.changed, limits=LIMITS, skip_readback=skip_readback, window_bytes=LEAF_BYTES
+        )
     count(folder, manifest.model_copy(update={"disks": (synced.image,)}))
     return synced
 
@@ -335,6 +337,28 @@ def test_killed_at_any_call_the_next_sync_makes_it_good(tmp_path: Path, form: Ar
         sync(folder, source, source.point())
         assert_counts(folder, source)
     assert deaths >= 6
+
+
+def test_what_a_killed_sync_fetched_is_not_fetched_again(tmp_path: Path) -> None:
+    number, change_id, again = 0, "", list[int]()
+    source, folder = Source(), tmp_path
+
+    def prepare() -> None:
+        nonlocal number, source, folder, change_id
+        number += 1
+        source, folder = Source(), tmp_path / str(number)
+        folder.mkdir()
+        make_copy(folder, source)
+        for leaf in range(7):
+            source.write(leaf * LEAF_BYTES, b"changed")
+        change_id = source.point()
+
+    for _ in every_death(lambda: sync(folder, source, change_id, skip_readback=True), prepare=prepare):
+        source.write(LEAF_BYTES * 2, b"later")
+        again.append(sync(folder, source, source.point(), skip_readback=True).image.bytes_transferred)
+        assert_counts(folder, source)
+    assert again[0] == 7 * BLOCK  # killed before it began
+    assert again[-3:] == [BLOCK, BLOCK, BLOCK]  # killed when all was durable: what changed since, and no more
 
 
 STEPS = st.lists(
