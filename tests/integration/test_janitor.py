@@ -185,7 +185,7 @@ async def test_a_killed_run_of_vddk_gets_its_access_ended_and_keeps_what_it_may_
     words = ["--vs-vm-name", "large", "--output-dir", str(tmp_path), "--vddk-libdir", str(VDDK)]
     site.post("/stats/reset")
     with faults(site, throttle_bytes_per_s=MIB):
-        assert await asyncio.to_thread(kill_after, site, command(site, "vddk-export", *words), api, 16 * MIB)
+        assert await asyncio.to_thread(kill_after, site, command(site, "vddk-export", *words), api, 4 * MIB)
     assert site.stats()["vddk_prepared"] == 1
     done = await asyncio.to_thread(run_command, site, "janitor", str(tmp_path), "--remove", "--json", env=api)
     assert done.returncode == 0, done.stderr
