@@ -22,8 +22,18 @@ from pydantic import ValidationError
 
 from hyper2kvm import __version__
 from hyper2kvm.settings import Settings, password_from
-from hyper2kvm.terminal import Board, boot_line, show_error, show_verification, stderr, stdout, summary, vm_of
-from tasks.errors import Hyper2KvmError, IntegrityMismatch, InvalidInput, NotBuilt
+from hyper2kvm.terminal import (
+    Board,
+    boot_line,
+    janitor_lines,
+    show_error,
+    show_verification,
+    stderr,
+    stdout,
+    summary,
+    vm_of,
+)
+from tasks.errors import Hyper2KvmError, IntegrityMismatch, InvalidInput, JanitorUnfinished, NotBuilt
 from tasks.images.boot import need_tools
 from tasks.images.boot_domain import boots_by_uefi, read_domain
 from tasks.images.files import safe_name
@@ -35,6 +45,8 @@ from tasks.models import (
     BootJob,
     DownloadManifest,
     ExportOptions,
+    JanitorJob,
+    JanitorReport,
     Manifest,
     Migration,
     RollbackJob,
@@ -52,7 +64,7 @@ MODES = {
     "cbt-sync": "cbt_sync",
     "warm-migrate": "warm_migration",
 }
-ACTIONS = (*MODES, "rollback", "verify", "boot-check", "list-vms")
+ACTIONS = (*MODES, "rollback", "verify", "boot-check", "janitor", "list-vms")
 STOPPING = "Stopping: the transfer ends, then the snapshot is removed"
 INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
 
@@ -144,6 +156,7 @@ def vsphere(
     esxi_block: str = "",
     vddk_disk: str = "",
     all_disks: Annotated[bool, Parameter(negative=())] = False,
+    remove: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
     debug: Annotated[bool, Parameter(negative=())] = False,
 ) -> int:
@@ -153,9 +166,10 @@ def vsphere(
     ----------
     what
         With list-vms: a pattern, only VMs whose name or inventory path matches. With verify, boot-check and rollback:
-        the folder of a copy.
+        the folder of a copy. With janitor: the folder of copies.
     vs_action
-        export-vm, download-vm, vddk-export, cbt-sync, warm-migrate, rollback, verify, boot-check or list-vms.
+        export-vm, download-vm, vddk-export, cbt-sync, warm-migrate, rollback, verify, boot-check, janitor
+        or list-vms.
     vcenter
         Name or address; host:port is understood. boot-check needs none, verify only with --against-source.
     username
@@ -287,6 +301,8 @@ def vsphere(
         With vddk-export: key, label or number of the disk; else the only one, or the first.
     all_disks
         With vddk-export: every disk of the VM.
+    remove
+        With janitor: remove what may go; else it is only told.
     json
         Print the result (or the error) as JSON on stdout.
     debug
@@ -379,6 +395,9 @@ def vsphere(
             boot = {"timeout_s": boot_timeout, "expect": boot_expect, "accelerator": boot_accelerator}
             folder = Path(_given("The folder", what, vs_action)).absolute()
             return _boot_check(BootJob(folder=folder, scratch=str(scratch or ""), boot=boot), json=json)
+        if vs_action == "janitor":
+            folders = (Path(what).absolute(),) if what else ()
+            return _janitor(JanitorJob(folders=folders, remove=remove), settings() if vcenter else None, json=json)
         actions = f"{', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}"
         if vs_action in LATER_ACTIONS:
             raise NotBuilt(what=f"--vs-action {vs_action}", instead=actions)
@@ -492,6 +511,30 @@ def _boot_check(job: BootJob, *, json: bool) -> int:
     else:
         stdout().print(boot_line(check))
     return 0
+
+
+def _janitor(job: JanitorJob, settings: Settings | None, *, json: bool) -> int:
+    """Run the janitor on one vCenter, or on all that are saved, and print what it found, done or not."""
+
+    def flow() -> FlowCall[JanitorReport]:
+        from flows.snapshot_janitor import snapshot_janitor
+
+        return partial(snapshot_janitor, options=job, vcenter=settings.vcenter() if settings else None)
+
+    failure: JanitorUnfinished | None = None
+    try:
+        report = _shown(flow, stopping="Stopping: what is being removed is waited for")
+    except JanitorUnfinished as error:
+        failure, report = error, error.found
+    if json:
+        told = _as_json(failure) if failure else {}
+        print(jsonlib.dumps(told | report.model_dump(mode="json"), indent=2))
+    else:
+        for line in janitor_lines(report):
+            stdout().print(line, markup=False, highlight=False, soft_wrap=True)
+    if failure:
+        _tell(failure, json=False)
+    return failure.exit_status if failure else 0
 
 
 def _shown(flow: Callable[[], FlowCall[T]], *, stopping: str = STOPPING) -> T:

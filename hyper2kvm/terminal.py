@@ -26,6 +26,7 @@ from tasks.models import (
     Domain,
     DownloadManifest,
     ExportJob,
+    JanitorReport,
     JobOptions,
     Manifest,
     Migration,
@@ -186,6 +187,17 @@ def _download_summary(manifest: DownloadManifest, output_dir: Path, seconds: flo
 def boot_line(check: BootCheck) -> str:
     """Return the line that says what proves that a copy boots."""
     return one_line(f"{check.domain} boots ({check.accelerator}, {check.seconds:.0f} s): {check.recognised}")
+
+
+def janitor_lines(report: JanitorReport) -> Iterator[str]:
+    """Yield the lines that say what a janitor found: what came of each thing, and why."""
+    for trouble in report.troubles:
+        yield one_line(f"not looked at: {trouble}")
+    for left in report.leftovers:
+        since = f", {left.age_s / 3600:.0f} h old" if left.age_s else ""
+        yield one_line(f"{left.done}: {left.kind} {left.what} ({left.where}{since}): {left.why}")
+    count = sum(left.done == "removed" for left in report.leftovers)
+    yield one_line(f"Looked at {', '.join(report.looked_at) or 'nothing'}; removed {count} of {len(report.leftovers)}")
 
 
 def show_verification(found: Verification, console: Console) -> None:

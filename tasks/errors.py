@@ -48,6 +48,7 @@
     ├── DiskFull
     ├── BootFailed                   the copy is there, and its domain was seen not to start
     ├── BootUnproven                 the same, and nothing proves that it starts or that it does not
+    ├── JanitorUnfinished            something could not be looked at, or not be removed
     ├── ToolMissing
     └── ToolFailed                   a program that we ran, with its last lines
 
@@ -422,6 +423,12 @@ class BootUnproven(Hyper2KvmError):
         "Look at boot-check.png and boot-check.log in {folder}; name what it should say on its serial port "
         "(--boot-expect), or give it more time (--boot-timeout)"
     )
+
+
+class JanitorUnfinished(Hyper2KvmError):
+    """{count} things could not be looked at or removed, the first: {first}"""
+
+    remedy = "See the report for all of them; what could be done was"
 
 
 class ToolMissing(Hyper2KvmError):

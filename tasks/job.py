@@ -17,6 +17,7 @@ from tasks.images.state import JobState
 from tasks.models import JobOptions, Snapshot, Value, VCenterInfo, VirtualDisk, VirtualMachine
 from tasks.rate import limited_to
 from tasks.resolve import resolve
+from tasks.snapshot import spoken_of
 from tasks.succession import close_predecessor
 from tasks.vsphere.snapshots import NAME_PREFIX
 
@@ -63,7 +64,7 @@ async def job_at_work(vcenter: VCenter, options: JobOptions) -> AsyncIterator[Jo
         before, run = last_holder(folder), {"flow_run": flow_run.get_name() or "", "flow_run_id": run_id}
         with job_lock(folder, run | {"vm": vm.moref, "snapshot": job.snapshot_name}):
             await close_predecessor(before, ours=run_id)
-            with limited_to(options.bytes_per_s):
+            with limited_to(options.bytes_per_s), spoken_of(folder):
                 yield job
 
 

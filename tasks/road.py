@@ -100,13 +100,11 @@ def folder_reader(
     )
 
 
-@contextmanager
-def _by_vddk(wanted: Opening) -> Iterator[Reader]:
-    """It waits its turn, where many disks of that ESXi host are open on this machine."""
-    job, disk = wanted.job, wanted.disk
+def vddk_disk(disk: VirtualDisk, job: JobState, connection: Connection) -> VddkDisk:
+    """Return where VDDK finds a disk of a job that takes this road, and under which identity it prepares the VM."""
     assert isinstance(job.road, VddkSettings)
-    source = VddkDisk(
-        connection=wanted.connection,
+    return VddkDisk(
+        connection=connection,
         settings=job.road,
         host_name=job.vm.host_name,
         vm_moref=job.vm.moref,
@@ -115,6 +113,12 @@ def _by_vddk(wanted: Opening) -> Iterator[Reader]:
         capacity_bytes=disk.capacity_bytes,
         identity=f"hyper2kvm-{job.job_id}-disk-{disk.index}",
     )
+
+
+@contextmanager
+def _by_vddk(wanted: Opening) -> Iterator[Reader]:
+    """It waits its turn, where many disks of that ESXi host are open on this machine."""
+    source = vddk_disk(wanted.disk, wanted.job, wanted.connection)
     with (
         one_of(VDDK_DISKS_A_HOST, f"vddk-{source.host_name}", stop=wanted.stop),
         VddkReader(source, stop=wanted.stop) as reader,

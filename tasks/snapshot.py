@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import httpx
@@ -18,6 +19,8 @@ from prefect.runtime import flow_run
 
 from blocks import VCenter
 from tasks.errors import ConnectionFailed, Hyper2KvmError, LicenceForbids, TransferInterrupted
+from tasks.images.claim import Claim
+from tasks.images.job import machine_id
 from tasks.models import Snapshot, VirtualDisk, VirtualMachine
 from tasks.steps import on_vcenter, to_the_end
 from tasks.vsphere import snapshots
@@ -28,6 +31,8 @@ KEPT_FOR = timedelta(hours=24)
 PATIENCE_S = 15.0  # with a removal on the way out: a worker kills a run 30 s after it asked it to end
 # What says nothing against the copy so far: the source or Prefect's own server went away.
 INTERRUPTIONS = (TransferInterrupted, ConnectionFailed, PrefectException, httpx.HTTPError)
+
+_JOB_FOLDER: ContextVar[Path | None] = ContextVar("JOB_FOLDER", default=None)
 
 
 class Wishes(Protocol):
@@ -163,13 +168,22 @@ async def check_snapshot(
     await on_vcenter(vcenter, check_unchanged, vm, snapshot, disks)
 
 
+@contextmanager
+def spoken_of(folder: Path) -> Iterator[None]:
+    """Have the snapshots that the block takes say that their job is at work in `folder` of this machine."""
+    token = _JOB_FOLDER.set(folder)
+    try:
+        yield
+    finally:
+        _JOB_FOLDER.reset(token)
+
+
 def description() -> str:
     """Return what a snapshot says of itself, for people in vSphere and for the janitor."""
-    return json.dumps(
-        {
-            "tool": "hyper2kvm",
-            "purpose": flow_run.get_flow_name() or "export",
-            "flow_run": flow_run.get_id(),
-            "expires": (datetime.now(UTC) + KEPT_FOR).isoformat(timespec="seconds"),
-        }
-    )
+    return Claim(
+        purpose=flow_run.get_flow_name() or "export",
+        flow_run=flow_run.get_id(),
+        expires=(datetime.now(UTC) + KEPT_FOR).replace(microsecond=0),
+        machine=machine_id(),
+        folder=str(_JOB_FOLDER.get() or ""),
+    ).model_dump_json()

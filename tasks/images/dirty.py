@@ -143,9 +143,14 @@ def forget(folder: Path) -> None:
     sync(folder)
 
 
+def is_torn(folder: Path) -> bool:
+    """Tell whether images of a folder are between two points in time."""
+    return any(folder.glob("disk-*.dirty"))
+
+
 def refuse_torn(folder: Path) -> None:
     """Raise InvalidInput where images of a folder are of no one point in time: nothing else may be made of them."""
-    if any(folder.glob("disk-*.dirty")):
+    if is_torn(folder):
         raise _torn(folder, "a sync was killed in it, and its images are of no point in time")
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)

@@ -72,17 +72,17 @@ def job_lock(folder: Path, holder: Mapping[str, str], *, heartbeat_s: float = HE
 
 def lock_holder(folder: Path) -> dict[str, str] | None:
     """Return who holds the job of `folder` now, None where nobody does; empty where it has not written its name yet."""
-    who, held = _look(folder)
+    who, held = holder_and_whether_held(folder)
     return who if held else None
 
 
 def last_holder(folder: Path) -> dict[str, str] | None:
     """Return who held the job of `folder` and died of it; None where somebody holds it now, or ended it properly."""
-    who, held = _look(folder)
+    who, held = holder_and_whether_held(folder)
     return None if held else who or None
 
 
-def _look(folder: Path) -> tuple[dict[str, str], bool]:
+def holder_and_whether_held(folder: Path) -> tuple[dict[str, str], bool]:
     """Return the name in the lock file, and whether it is held, found out by taking it for a moment."""
     try:
         fd = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)

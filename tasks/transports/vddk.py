@@ -160,6 +160,17 @@ class VddkReader:
         """Wake every thread that waits for the worker, with TransientFault."""
         self._worker.give_up(TransientFault("interrupted"))
 
+    def end_access(self) -> bool:
+        """Have the server allow again what it forbade for a run that died while it read the disk.
+
+        Not for a reader that is entered. Returns whether VDDK came to its end over it. Raises VddkUnavailable, or what
+        `tasks.tls` raises.
+        """
+        self._library = find_library(self._disk.settings.libdir)
+        with ExitStack() as stack:
+            fd, _ = stack.enter_context(_ring(SLOTS * REQUEST_BYTES))
+            return self._released(self._wishes(fd, stack))
+
     # ── opening ──────────────────────────────────────────────────────────────────────────────────────
 
     def _open(self, stack: ExitStack) -> None:
@@ -189,9 +200,13 @@ class VddkReader:
     def _release(self, worker: Worker, wishes: dict[str, Any]) -> None:
         if worker.left_well:
             return
+        released = self._released(wishes)
+        _log.warning("VDDK did not end well source=%r VM released=%s", self.source, released)
+
+    def _released(self, wishes: dict[str, Any]) -> bool:
         with self._start(wishes["ring_fd"]) as another:
-            another.open(wishes | {"open": False})
-        _log.warning("VDDK did not end well source=%r VM released=%s", self.source, another.left_well)
+            asked = another.open(wishes | {"open": False})
+        return another.left_well and not isinstance(asked.exception(), Refused)
 
     def _wishes(self, ring_fd: int, stack: ExitStack) -> dict[str, Any]:
         """Return what the worker is told. The password is in it: it goes through a pipe, and nowhere else."""

@@ -115,22 +115,32 @@ def drop_snapshot(session: Session, vm_moref: str, *, name: str, timeout_s: floa
     Source: VirtualMachineSnapshot.RemoveSnapshot_Task.
     """
     snapshot = find_snapshot(session, vm_moref, name=name)
-    if snapshot is None:
-        return
-    entity = session.entity(vim.vm.Snapshot, snapshot.moref)
-    action = f"the removal of snapshot {snapshot.name}"
+    if snapshot:
+        remove_snapshot(session, vm_moref, snapshot.moref, name=name, timeout_s=timeout_s)
+
+
+def remove_snapshot(
+    session: Session, vm_moref: str, moref: str, *, name: str, timeout_s: float = REMOVE_TIMEOUT_S
+) -> None:
+    """Remove one snapshot, without its children; see `drop_snapshot`. `name`: for messages."""
+    entity = session.entity(vim.vm.Snapshot, moref)
+    action = f"the removal of snapshot {name}"
     try:
         run_task(session, action, lambda: entity.RemoveSnapshot_Task(False, True), timeout_s=timeout_s)
     except VsphereFault as error:
         if not caused_by(error, vmodl.fault.ManagedObjectNotFound):
             raise
-    log.info("snapshot removed vm=%s snapshot=%s", vm_moref, snapshot.moref)
+    log.info("snapshot removed vm=%s snapshot=%s", vm_moref, moref)
 
 
 def _tree(session: Session, vm_moref: str) -> Iterator[Any]:
     """Yield the nodes of the VM's snapshot tree, parents first."""
     entity = session.entity(vim.VirtualMachine, vm_moref)
-    info = retrieve(session, [entity], ("snapshot",)).get(entity, {}).get("snapshot")
+    yield from nodes_of(retrieve(session, [entity], ("snapshot",)).get(entity, {}).get("snapshot"))
+
+
+def nodes_of(info: Any) -> Iterator[Any]:
+    """Yield the nodes of a snapshot tree (VirtualMachine.snapshot, None: there is none), parents first."""
     waiting = list(info.rootSnapshotList) if info else []
     while waiting:
         node = waiting.pop(0)

@@ -56,6 +56,7 @@ EXAMPLES = {
     errors.DiskFull: {"path": "/data", "need": 10, "have": 5},
     errors.BootFailed: {"domain": "web", "recognised": "No bootable device.", "folder": "/data/web"},
     errors.BootUnproven: {"domain": "web", "recognised": "nothing was recognised", "folder": "/data/web"},
+    errors.JanitorUnfinished: {"count": 2, "first": "vcenter.example.com:443: it does not answer", "found": None},
     errors.ToolMissing: {"tool": "virt-qemu-run", "purpose": "to look", "package": "libvirt-daemon-driver-qemu"},
     errors.ToolFailed: {"argv": ("qemu-img", "convert"), "status": 1, "last_lines": ("no such file",)},
 }

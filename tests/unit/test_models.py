@@ -11,6 +11,7 @@ from tasks.models import (
     DownloadJob,
     ExportJob,
     ExportOptions,
+    JanitorJob,
     RollbackJob,
     SyncJob,
     Trust,
@@ -173,7 +174,7 @@ def test_a_cutover_that_is_not_said_clearly_is_refused(wrong, why):
         WarmJob(vm_name="web", output_dir="/data", **wrong)
 
 
-@pytest.mark.parametrize("mode", [ExportJob, DownloadJob, VddkJob, SyncJob, WarmJob, RollbackJob])
+@pytest.mark.parametrize("mode", [ExportJob, DownloadJob, VddkJob, SyncJob, WarmJob, RollbackJob, JanitorJob])
 def test_every_field_of_the_form_has_a_title_a_description_and_an_example(mode):
     for name, schema in mode.model_json_schema()["properties"].items():
         described = {"title", "description", "examples"} <= set(schema)
