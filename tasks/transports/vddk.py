@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, Self, TypeVar
 
 from tenacity import (
+    RetryCallState,
     Retrying,
     retry_if_exception_type,
     sleep_using_event,
@@ -123,7 +124,7 @@ class VddkReader:
                 retry=retry_if_exception_type(VddkOutOfMemory),
                 stop=stop_after_attempt(MEMORY_ATTEMPTS),
                 wait=wait_random_exponential(MEMORY_WAIT_S, 30.0),
-                before_sleep=lambda _: self._when_full(),
+                before_sleep=self._say_full,
                 sleep=sleep_using_event(self._stop),
                 reraise=True,
             )
@@ -182,6 +183,10 @@ class VddkReader:
             stack.push(mine.pop_all())
         for slot in range(SLOTS):
             self._free.put(slot)
+
+    def _say_full(self, _: RetryCallState) -> None:
+        _log.warning("the host has no memory for one more session source=%r", self.source)
+        self._when_full()
 
     def _start(self, ring_fd: int) -> AbstractContextManager[Worker]:
         return worker_of(self._library.folder, ring_fd=ring_fd, source=self.source)
