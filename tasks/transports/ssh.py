@@ -6,6 +6,7 @@ A range is a `dd` of the host's busybox. What is allocated is not known. How the
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -34,7 +35,7 @@ PROBE_TIMEOUT_S = 60.0
 ENDING_S = 5.0
 VOLUMES = "/vmfs/volumes"
 MISSING, UNREADABLE, LOST = 66, 74, 255  # sysexits.h EX_NOINPUT, EX_IOERR, which our command ends with; ssh's own
-BUSY = os.strerror(16)  # EBUSY: dd ends with status 1 whatever is wrong, so that only its words tell
+BUSY = os.strerror(errno.EBUSY)  # dd ends with status 1 whatever is wrong, so that only its words tell
 
 OTHER_ROADS = "Take another road (--transport vddk, nbd or folder)"
 UNLOCK = (

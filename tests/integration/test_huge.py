@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -17,8 +18,10 @@ pytestmark = [pytest.mark.live, pytest.mark.soak]
 
 MIB, TIB = 1024**2, 1024**4
 DISKS, SIZE, DATA = 8, 3 * TIB, 8 * MIB
-MOST_RSS_BYTES = 700 * MIB  # Prefect takes 200 of them
-SIDECAR_BYTES = 4 * MIB  # of 384 MiB of records, nearly all hole
+# The lab strews the data over the disk: some 4000 chunks of 256 KiB that VDDK calls allocated, 1 GiB of 3 TiB.
+MOST_ALLOCATED_BYTES = SIZE // 2000
+MOST_RSS_BYTES = 350 * MIB  # Prefect takes 200 of them
+SIDECAR_BYTES = 48 * MIB  # of 384 MiB of records: a block of the file system for each chunk
 
 
 def test_eight_disks_of_3_tib_cost_what_is_allocated(prefect_api, tmp_path):
@@ -38,14 +41,14 @@ def test_eight_disks_of_3_tib_cost_what_is_allocated(prefect_api, tmp_path):
         run.returncode = os.waitstatus_to_exitcode(status)
         print(f"8 disks of 3 TiB: {time.monotonic() - started:.0f} s, {usage.ru_maxrss // 1024} MiB RSS")
         assert run.returncode == 0
-        assert lab.stats()["bytes_served"] <= 4 * DISKS * DATA
+        assert lab.stats()["bytes_served"] <= DISKS * MOST_ALLOCATED_BYTES
         assert_nothing_left(lab)
         manifest = json.loads((tmp_path / "result").read_text())
         assert len(manifest["disks"]) == DISKS
         for disk in manifest["disks"]:
             image = tmp_path / "huge" / disk["path"]
             assert image.stat().st_size == disk["virtual_size"] == SIZE
-            assert taken(image) <= 4 * DATA
+            assert taken(image) <= disk["bytes_transferred"] <= MOST_ALLOCATED_BYTES
             assert taken(image.with_suffix(".digests")) <= SIDECAR_BYTES
             assert_what_is_allocated_is_equal(lab, manifest, disk, image)
     assert usage.ru_maxrss * 1024 <= MOST_RSS_BYTES
@@ -53,8 +56,6 @@ def test_eight_disks_of_3_tib_cost_what_is_allocated(prefect_api, tmp_path):
 
 def assert_what_is_allocated_is_equal(lab, manifest, disk, image: Path) -> None:
     """Compare the first MiB of data, and the last of the disk, with the lab's: all of it would take hours."""
-    import hashlib
-
     vm, snapshot = manifest["vm"]["moref"], manifest["snapshot"]["moref"]
     with image.open("rb") as file:
         first = os.lseek(file.fileno(), 0, os.SEEK_DATA) // MIB * MIB
