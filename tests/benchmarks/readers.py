@@ -106,10 +106,11 @@ def ssh_case(scratch: Path) -> list[Row]:
 
 
 def ssh_cat(host: EsxiHost, path: str) -> list[str]:
-    """Return a plain ssh of the same cipher."""
+    """Return a plain ssh of the same cipher, its output read by a program, as ours is."""
     options = ["-c", "aes128-gcm@openssh.com", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
     who = ["-i", str(host.folder / "user"), "-p", str(host.port), "-o", "LogLevel=ERROR"]
-    return ["ssh", "-F", "none", *options, *who, f"{host.settings().user}@127.0.0.1", f"cat {shlex.quote(path)}"]
+    words = ["ssh", "-F", "none", *options, *who, f"{host.settings().user}@127.0.0.1", f"cat {shlex.quote(path)}"]
+    return ["bash", "-o", "pipefail", "-c", f"{shlex.join(words)} | cat >/dev/null"]
 
 
 def half_empty(scratch: Path) -> list[Row]:
