@@ -15,7 +15,7 @@ from tasks.steps import on_vcenter
 from tasks.vsphere.disks import powered_off_disks, snapshot_disks
 
 FLAT = "FlatVer2BackingInfo"
-OTHER_ROADS = "The road vddk reads it (--transport vddk, with VMware's VDDK)"
+OTHER_ROADS = "The roads vddk and nbd read it (--transport vddk, with VMware's VDDK)"
 
 
 async def copyable_disks(

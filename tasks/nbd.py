@@ -295,17 +295,25 @@ class NbdReads(NbdClient):
     under way fails, and whatever is asked for later.
     """
 
+    _whole = 0  # flags of recv(2); while hands are shaken, none
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._reads: dict[int, Read] = {}
         self._asking, self._why = threading.Lock(), _lost()
         secured = isinstance(self._socket, ssl.SSLSocket)  # OpenSSL: not to be read from and written to at once
         self._hearing = self._asking if secured else threading.Lock()
+        self._whole = 0 if secured else whole_replies(self._socket)
         self.lost = False
 
     def __exit__(self, *exc: object) -> None:
         self.interrupt()
         self._socket.close()
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """Have a server count as lost that is silent for so long."""
+        self._socket.settimeout(timeout_s)
+        self._whole = self._whole and whole_replies(self._socket)
 
     def ask(self, offset: int, target: memoryview) -> Read:
         """Ask for the bytes at `offset`; they are in `target` once `settle` has returned."""
@@ -336,6 +344,16 @@ class NbdReads(NbdClient):
             self.lost, self._why = True, error
             self.interrupt()
             raise
+
+    def _receive_into(self, target: memoryview) -> None:
+        while target:
+            try:
+                done = self._socket.recv_into(target, 0, self._whole)
+            except BlockingIOError as error:
+                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from error
+            if not done:
+                raise _lost()
+            target = target[done:]
 
     def _hear(self) -> None:
         """Take one simple reply, or one chunk of a structured one."""
@@ -388,6 +406,22 @@ class NbdReads(NbdClient):
         if not read.failed and read.filled != len(read.target):
             _nonsense(f"{read.filled} bytes for {len(read.target)}")
         read.done = True
+
+
+def whole_replies(connection: socket.socket) -> int:
+    """Have a plain connection wait in the kernel until all that is asked for is there; return the flag for recv(2).
+
+    A timeout of Python's own has each reply come in pieces of a socket buffer, with a system call and a turn at the
+    interpreter's lock for each: half as fast. The same timeout is the kernel's then, and shows as BlockingIOError.
+    """
+    seconds = connection.gettimeout()
+    if seconds is None:
+        return socket.MSG_WAITALL
+    connection.settimeout(None)
+    span = struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000))  # struct timeval: socket(7), SO_RCVTIMEO
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        connection.setsockopt(socket.SOL_SOCKET, option, span)
+    return socket.MSG_WAITALL
 
 
 def _lost() -> OSError:

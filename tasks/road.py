@@ -16,7 +16,7 @@ from tasks import tls
 from tasks.images.state import JobState
 from tasks.models import Connection, NbdSettings, SshSettings, VddkSettings, VirtualDisk
 from tasks.reader import Reader
-from tasks.slots import one_of
+from tasks.slots import halve, one_of
 from tasks.transports.bulk import Shared
 from tasks.transports.folder import FolderDisk, FolderReader
 from tasks.transports.nbd import NbdDisk, NbdReader
@@ -100,8 +100,15 @@ def folder_reader(
     )
 
 
+<<<<<<< HEAD
 def vddk_disk(disk: VirtualDisk, job: JobState, connection: Connection) -> VddkDisk:
     """Return where VDDK finds a disk of a job that takes this road, and under which identity it prepares the VM."""
+=======
+@contextmanager
+def _by_vddk(wanted: Opening) -> Iterator[Reader]:
+    """It waits its turn, where many disks of that ESXi host are open on this machine: fewer, where it had no memory."""
+    job, disk = wanted.job, wanted.disk
+>>>>>>> roads
     assert isinstance(job.road, VddkSettings)
     return VddkDisk(
         connection=connection,
@@ -113,15 +120,19 @@ def vddk_disk(disk: VirtualDisk, job: JobState, connection: Connection) -> VddkD
         capacity_bytes=disk.capacity_bytes,
         identity=f"hyper2kvm-{job.job_id}-disk-{disk.index}",
     )
+<<<<<<< HEAD
 
 
 @contextmanager
 def _by_vddk(wanted: Opening) -> Iterator[Reader]:
     """It waits its turn, where many disks of that ESXi host are open on this machine."""
     source = vddk_disk(wanted.disk, wanted.job, wanted.connection)
+=======
+    limit = (VDDK_DISKS_A_HOST, f"vddk-{source.host_name}")
+>>>>>>> roads
     with (
-        one_of(VDDK_DISKS_A_HOST, f"vddk-{source.host_name}", stop=wanted.stop),
-        VddkReader(source, stop=wanted.stop) as reader,
+        one_of(*limit, stop=wanted.stop),
+        VddkReader(source, stop=wanted.stop, when_full=partial(halve, *limit)) as reader,
     ):
         yield reader
 
@@ -130,7 +141,7 @@ def _by_vddk(wanted: Opening) -> Iterator[Reader]:
 def _by_nbd(wanted: Opening) -> Iterator[Reader]:
     job, disk, connection = wanted.job, wanted.disk, wanted.connection
     assert isinstance(job.road, NbdSettings)
-    needs_thumbprint = any("{thumbprint}" in word for word in job.road.command)
+    needs_thumbprint = any("{thumbprint}" in word for word in (job.road.uri, *job.road.command))
     shown = tls.believed_certificate(connection) if needs_thumbprint else b""
     blanks = {
         "host": connection.host,

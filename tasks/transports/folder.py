@@ -50,7 +50,7 @@ PROBE_WAIT_S = 1.0  # doubles, at random
 LONGEST_RETRY_AFTER_S = 30.0
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 
-OTHER_ROADS = "The road vddk reads such a disk (--transport vddk, with VMware's VDDK)"
+OTHER_ROADS = "The roads vddk and nbd read such a disk (--transport vddk, with VMware's VDDK)"
 UNLOCK = (
     "A host keeps a running VM's disks to itself: copy from a snapshot, or power the VM off; where the base under a "
     "snapshot is locked too (ESXi 8 on VMFS), power it off, or take the road vddk (--transport vddk)"

@@ -6,22 +6,23 @@ A range is a `dd` of the host's busybox. What is allocated is not known. How the
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import logging
 import math
 import os
 import re
-import select
 import shlex
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from typing import Self
 
 from tasks.errors import FileLocked, Hyper2KvmError, SshFailed, UnsupportedDisk
 from tasks.models import Extent, SshSettings, Value
+from tasks.nbd import whole_replies
 from tasks.process import LastWords, outcome_of, wait_for_end
 from tasks.reader import TransientFault, aligned_buffer
 from tasks.transports.ssh_client import SshClient
@@ -30,10 +31,11 @@ DEPTH = 4  # of the ten sessions that sshd lets share a connection
 BUFFER_BYTES = 1024 * 1024
 EXTENT_BYTES = 64 * 1024 * 1024  # each costs a session and a process at the host
 READ_TIMEOUT_S = 30.0
+PROBE_TIMEOUT_S = 60.0
 ENDING_S = 5.0
 VOLUMES = "/vmfs/volumes"
 MISSING, UNREADABLE, LOST = 66, 74, 255  # sysexits.h EX_NOINPUT, EX_IOERR, which our command ends with; ssh's own
-BUSY = os.strerror(16)  # EBUSY: dd ends with status 1 whatever is wrong, so that only its words tell
+BUSY = os.strerror(errno.EBUSY)  # dd ends with status 1 whatever is wrong, so that only its words tell
 
 OTHER_ROADS = "Take another road (--transport vddk, nbd or folder)"
 UNLOCK = (
@@ -94,12 +96,12 @@ class SshReader:
     def stream(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
         """Yield the bytes of `extent` in order, by one command. See `tasks.reader.Reader`."""
         buffer, offset = aligned_buffer(BUFFER_BYTES), extent.start
-        with self._running(self._dd(extent)) as process:
+        with self._streaming(self._dd(extent)) as (process, output):
             words = LastWords(process)
             while offset < extent.end:
                 # up to the next multiple of the buffer's length, so that whole leaves come whole
                 room = min(BUFFER_BYTES - offset % BUFFER_BYTES, extent.end - offset)
-                count = self._fill(process, buffer[:room])
+                count = self._fill(output, buffer[:room])
                 if not count:
                     raise self._ended(process, words, offset)
                 yield offset, buffer[:count]
@@ -124,9 +126,9 @@ class SshReader:
         command = f"stat -c %s {path} || exit {MISSING}; dd if={path} of=/dev/null bs=512 count=1 || exit {UNREADABLE}"
         with self._running(command) as process:
             try:
-                said, complaint = process.communicate(timeout=self._timeout_s)
+                said, complaint = process.communicate(timeout=PROBE_TIMEOUT_S)
             except subprocess.TimeoutExpired as error:
-                why = f"it does not answer for {self._timeout_s:.0f} s"
+                why = f"it does not answer for {PROBE_TIMEOUT_S:.0f} s"
                 raise SshFailed(host=self._client.address, why=why) from error
         lines = tuple(complaint.decode(errors="replace").splitlines())
         if process.returncode:
@@ -154,16 +156,14 @@ class SshReader:
     def _unfit(self, reason: str) -> UnsupportedDisk:
         return UnsupportedDisk(disk=self.source, reason=reason, remedy=OTHER_ROADS)
 
-    def _fill(self, process: subprocess.Popen[bytes], view: memoryview) -> int:
+    def _fill(self, output: socket.socket, view: memoryview) -> int:
         """Fill `view` from a command's output; return how much came before its end. Raises TransientFault."""
-        assert process.stdout
-        fd, filled = process.stdout.fileno(), 0
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
+        filled = 0
         while filled < len(view):
-            if not poll.poll(1000 * self._timeout_s):
-                raise TransientFault(f"no byte for {self._timeout_s:.0f} s")
-            count = os.readv(fd, [view[filled:]])
+            try:
+                count = output.recv_into(view[filled:], 0, socket.MSG_WAITALL)
+            except BlockingIOError as error:
+                raise TransientFault(f"no byte for {self._timeout_s} s") from error
             if not count:
                 break
             filled += count
@@ -181,11 +181,19 @@ class SshReader:
         return self._locked(lines) or TransientFault(f"dd ended at byte {offset}, with {how}: {said}")
 
     @contextmanager
-    def _running(self, command: str) -> Iterator[subprocess.Popen[bytes]]:
-        with self._client.running(command) as process:
-            assert process.stdout
-            with suppress(OSError):  # a user has only so much of it
-                fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, BUFFER_BYTES)
+    def _streaming(self, command: str) -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
+        """Run a command for the block; yield its process and its output, whose reads wait in the kernel."""
+        ours, theirs = socket.socketpair()
+        with closing(ours), ExitStack() as stack:
+            ours.settimeout(self._timeout_s)
+            whole_replies(ours)
+            with closing(theirs):
+                process = stack.enter_context(self._running(command, stdout=theirs.fileno()))
+            yield process, ours
+
+    @contextmanager
+    def _running(self, command: str, *, stdout: int = subprocess.PIPE) -> Iterator[subprocess.Popen[bytes]]:
+        with self._client.running(command, stdout=stdout) as process:
             with self._lock:
                 if self._interrupted:
                     raise TransientFault("interrupted")

@@ -53,9 +53,12 @@ class SshClient:
     def __exit__(self, *exc: object) -> None:
         self._own.close()
 
-    def running(self, command: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    def running(
+        self, command: str, *, stdout: int = subprocess.PIPE
+    ) -> AbstractContextManager[subprocess.Popen[bytes]]:
         """Return what runs `command` in the host's shell for a block; its exit status is that, or 255 for ssh's own."""
-        return child([*self._words, "-o", "ControlMaster=no", *self._where, command], env=self._environment)
+        argv = [*self._words, "-o", "ControlMaster=no", *self._where, command]
+        return child(argv, env=self._environment, stdout=stdout)
 
     @property
     def _where(self) -> list[str]:

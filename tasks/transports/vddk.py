@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, Self, TypeVar
 
 from tenacity import (
+    RetryCallState,
     Retrying,
     retry_if_exception_type,
     sleep_using_event,
@@ -88,6 +89,7 @@ class VddkDisk(Value):
 class VddkReader:
     """A disk behind VDDK. See `tasks.reader.Reader`; `allocated` says what of it is worth asking for.
 
+    when_full: called each time that the host has no memory for one more session, before it is asked again.
     Enter it in a thread that lives as long: the worker dies with that one. Entering raises VddkUnavailable,
     VddkFailed, VddkCrashed, FileLocked, VddkReadsZeros, or what `tasks.tls` raises; Stopped, where `stop` is set.
     """
@@ -97,11 +99,16 @@ class VddkReader:
     road = "vddk"
 
     def __init__(
-        self, disk: VddkDisk, *, stop: threading.Event | None = None, read_timeout_s: float = READ_TIMEOUT_S
+        self,
+        disk: VddkDisk,
+        *,
+        stop: threading.Event | None = None,
+        read_timeout_s: float = READ_TIMEOUT_S,
+        when_full: Callable[[], object] = lambda: None,
     ) -> None:
         self.size, self.source = disk.capacity_bytes, disk.datastore_path
         self.road_reason = ""
-        self._disk, self._read_timeout_s = disk, read_timeout_s
+        self._disk, self._read_timeout_s, self._when_full = disk, read_timeout_s, when_full
         self._stop = stop or threading.Event()
         self._own = ExitStack()
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()  # slots of the ring
@@ -117,6 +124,7 @@ class VddkReader:
                 retry=retry_if_exception_type(VddkOutOfMemory),
                 stop=stop_after_attempt(MEMORY_ATTEMPTS),
                 wait=wait_random_exponential(MEMORY_WAIT_S, 30.0),
+                before_sleep=self._say_full,
                 sleep=sleep_using_event(self._stop),
                 reraise=True,
             )
@@ -186,6 +194,10 @@ class VddkReader:
             stack.push(mine.pop_all())
         for slot in range(SLOTS):
             self._free.put(slot)
+
+    def _say_full(self, _: RetryCallState) -> None:
+        _log.warning("the host has no memory for one more session source=%r", self.source)
+        self._when_full()
 
     def _start(self, ring_fd: int) -> AbstractContextManager[Worker]:
         return worker_of(self._library.folder, ring_fd=ring_fd, source=self.source)

@@ -10,6 +10,7 @@ import importlib
 import os
 import signal
 import sys
+from itertools import count
 from typing import Any
 
 
@@ -20,14 +21,14 @@ def arm(point: str) -> None:
     *holders, name = path.split(".")
     for holder in holders:
         owner = getattr(owner, holder)
-    original, left = getattr(owner, name), [int(times[0]) if times else 1]
+    original, calls, last = getattr(owner, name), count(1), int(times[0]) if times else 1
 
     def deadly(*args: Any, **kwargs: Any) -> Any:
-        left[0] -= 1
-        if left[0] == 0 and when == "before":
+        number = next(calls)  # several threads may call
+        if number == last and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         result = original(*args, **kwargs)
-        if left[0] == 0:
+        if number == last:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 

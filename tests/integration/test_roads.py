@@ -132,6 +132,21 @@ async def test_a_second_redo_log_of_vss_is_read_by_nbd_and_refused_by_ssh(site, 
     assert_equal_to_the_frozen_chain(site, tmp_path / "windows", tmp_path)
 
 
+async def test_sixteen_disks_below_eleven_snapshots_of_somebody_else_are_all_copied_or_refused_by_name(tmp_path):
+    disks = [{"size": "512KiB", "bus": number // 4} for number in range(16)]
+    snapshots = [{"name": str(number), "writes": "64KiB"} for number in range(11)]
+    vm = {"name": "busy", "disks": disks, "snapshots": snapshots}
+    center = {"name": "DC", "clusters": [{"name": "c", "hosts": ["esx1"]}], "vms": [vm]}
+    with running_lab(scenario={"datacenters": [center], "keep_frozen": True}) as lab:
+        host = ESXiHost(host="127.0.0.1", host_key=f"SHA256:{'A' * 43}", password="not asked")
+        with pytest.raises(errors.FenceClosed, match="snapshot"):
+            await export(lab, tmp_path, "busy", "ssh", means={"esxi_host": host})
+        manifest = await export(lab, tmp_path, "busy", "nbd", means={"nbd_source": nbd_of(lab)}, parallel_disks=4)
+        assert [image.source[-11:] for image in manifest.disks] == ["000011.vmdk"] * 16
+        assert_equal_to_the_frozen_chain(lab, tmp_path / "busy", tmp_path)
+        assert lab.stats()["open_snapshots"] == 11
+
+
 async def test_auto_prefers_vddk_then_nbd_then_folder_and_says_why_not(site, esxi, tmp_path, monkeypatch):
     everything = {"nbd_source": nbd_of(site), "esxi_host": ssh_of(esxi)}
     monkeypatch.setenv("VDDK_LIBDIR", str(VDDK))

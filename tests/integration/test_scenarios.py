@@ -239,7 +239,7 @@ async def test_a_disk_that_no_road_reads_is_named_before_a_snapshot_is_taken(kin
     [
         ("vsan", r"Hard disk 3 \(\[objects\] .*it is a vSAN or vVol object.*\. Move it to a VMFS or NFS datastore"),
         ("vvol", r"Hard disk 2 \(\[vols\] .*it is a vSAN or vVol object \(rfc4122\..*Move it to a VMFS"),
-        ("sesparse", r"Hard disk 2 .*SeSparseBackingInfo without a flat file.*The road vddk reads it"),
+        ("sesparse", r"Hard disk 2 .*SeSparseBackingInfo without a flat file.*The roads vddk and nbd read it"),
     ],
 )
 async def test_a_disk_that_the_road_cannot_read_is_named_and_none_of_the_vm_is_copied(kinds, tmp_path, name, what):

@@ -300,9 +300,11 @@ def test_a_host_without_memory_for_a_session_is_asked_again_then_named(disk, mon
     monkeypatch.setattr(vddk, "MEMORY_WAIT_S", 0.01)
     monkeypatch.setattr(vddk, "MEMORY_ATTEMPTS", 2)
     monkeypatch.setenv("VIXLAB_FAIL_OPEN", "2")
+    asked: list[None] = []
     with pytest.raises(VddkOutOfMemory, match=r"out of memory.*VIX error 2"):
-        with VddkReader(disk):
+        with VddkReader(disk, when_full=lambda: asked.append(None)):
             pass
+    assert len(asked) == 1
 
 
 def test_a_read_that_never_ends_interrupts_the_transfer(disk, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 from tasks import slots
 from tasks.process import Stopped
-from tasks.slots import one_of
+from tasks.slots import halve, one_of
 
 HOLDER = """
 import sys
@@ -63,4 +63,21 @@ def test_a_process_that_is_killed_leaves_its_slot_free(tmp_path: Path) -> None:
     holder.kill()
     holder.communicate()
     with one_of(1, "esx1", folder=tmp_path):
+        pass
+
+
+def test_there_are_fewer_for_a_while_where_the_source_bears_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [halve(10, "esx1", folder=tmp_path) for _ in range(5)] == [5, 2, 1, 1, 1]
+    stop = threading.Event()
+    with one_of(10, "esx1", folder=tmp_path):
+        threading.Timer(0.1, stop.set).start()
+        with pytest.raises(Stopped), one_of(10, "esx1", folder=tmp_path, stop=stop):
+            pass
+        with one_of(10, "esx2", folder=tmp_path):
+            pass
+    monkeypatch.setattr(slots, "FEWER_S", -1.0)
+    halve(10, "esx1", folder=tmp_path)
+    with one_of(10, "esx1", folder=tmp_path), one_of(10, "esx1", folder=tmp_path):
         pass

@@ -250,7 +250,7 @@ def test_a_server_that_falls_silent_interrupts_the_transfer(image: Path, tmp_pat
             pid = int(subprocess.run(["pgrep", "-f", str(tmp_path / "s")], capture_output=True).stdout.split()[0])
             os.kill(pid, signal.SIGSTOP)
             for connection in reader._connections:
-                connection._socket.settimeout(0.2)
+                connection.set_timeout(0.2)
             with pytest.raises(TransferInterrupted, match="does not answer"):
                 copied(reader, tmp_path)
             os.kill(pid, signal.SIGCONT)

@@ -1,0 +1,65 @@
+"""One of our readers as a process: `read_disk vddk|nbd|ssh [folder]`, with the disk as JSON, secrets and all, on stdin.
+
+What is allocated is streamed by as many threads as the reader takes, to nowhere, or copied, hashed, into the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tasks.images.copy import copy
+from tasks.images.digests import Digests
+from tasks.images.extents import leaf_aligned
+from tasks.images.raw import RawWriter
+from tasks.models import Extent
+from tasks.reader import KnowsAllocated, Reader, cut
+from tasks.transports.nbd import NbdDisk, NbdReader
+from tasks.transports.ssh import SshDisk, SshReader
+from tasks.transports.vddk import VddkDisk, VddkReader
+from tests.benchmarks.child import measured
+
+KINDS: dict[str, tuple[Any, Callable[[Any], Reader]]] = {
+    "vddk": (VddkDisk, VddkReader),
+    "nbd": (NbdDisk, NbdReader),
+    "ssh": (SshDisk, SshReader),
+}
+
+
+def main(kind: str, folder: str = "") -> None:
+    """Read the disk, opening it included; with a folder, open it, and then copy it there as the product does."""
+    disk_class, reader_class = KINDS[kind]
+    reader = reader_class(disk_class.model_validate(json.load(sys.stdin)))
+    if not folder:
+        measured(lambda: open_and_read(reader))
+        return
+    with reader:
+        measured(lambda: copy_all(reader, Path(folder)))
+
+
+def open_and_read(reader: Reader) -> None:
+    with reader, ThreadPoolExecutor(reader.depth) as pool:
+        pieces = (piece for extent in wanted(reader) for piece in cut(extent, reader.preferred_extent_bytes))
+        list(pool.map(lambda piece: deque(reader.stream(piece), maxlen=0), pieces))
+
+
+def copy_all(reader: Reader, folder: Path) -> None:
+    with (
+        RawWriter.create(folder / "disk.raw", size=reader.size) as writer,
+        Digests.create(folder / "disk.digests", size=reader.size) as digests,
+    ):
+        copy(reader, leaf_aligned(wanted(reader), size=reader.size), writer, digests=digests)
+
+
+def wanted(reader: Reader) -> Sequence[Extent]:
+    whole = (Extent(start=0, length=reader.size),)
+    return reader.allocated() if isinstance(reader, KnowsAllocated) else whole
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
