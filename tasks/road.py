@@ -20,9 +20,9 @@ from tasks.slots import one_of
 from tasks.transports.bulk import Shared
 from tasks.transports.folder import FolderDisk, FolderReader
 from tasks.transports.nbd import NbdDisk, NbdReader
+from tasks.transports.nfc_lease import LeaseDisk, LeaseReader
 from tasks.transports.ssh import SshDisk, SshReader
 from tasks.transports.vddk import SHA1_DIGITS, VddkDisk, VddkReader
-from tasks.transports.nfc_lease import LeaseDisk, LeaseReader
 from tasks.vsphere import tickets
 from tasks.vsphere.leases import Leases
 from tasks.vsphere.session import Session, borrow

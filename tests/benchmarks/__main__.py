@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import cbt, download, onepass, verify
+from tests.benchmarks import cbt, download, lease, onepass, verify
 
-BENCHMARKS = {"cbt": cbt.main, "download": download.main, "onepass": onepass.main, "verify": verify.main}
+BENCHMARKS = {
+    "cbt": cbt.main,
+    "download": download.main,
+    "lease": lease.main,
+    "onepass": onepass.main,
+    "verify": verify.main,
+}
 
 
 def main(names: list[str]) -> None:
