@@ -248,6 +248,19 @@ def test_a_lie_is_named(lie: str) -> None:
         decoded(host.stream(), len(SMALL))
 
 
+def test_tables_before_the_grains_are_held_to_them(tmp_path: Path) -> None:
+    """qemu-img's encoding: an entry of another place, and one of a grain that does not come."""
+    stream = bytearray(encoded(SMALL, tmp_path))
+    (directory,) = struct.unpack_from("<Q", stream, 56)
+    (table,) = struct.unpack_from("<I", stream, directory * SECTOR_BYTES)
+    for entry, error in ((0, BadStream), (300, CutShort)):
+        spoiled = bytearray(stream.rstrip(b"\0")) if entry else bytearray(stream)
+        spoiled += bytes(-len(spoiled) % SECTOR_BYTES)
+        spoiled[table * SECTOR_BYTES + 4 * entry] ^= 1
+        with pytest.raises(error):
+            decoded(bytes(spoiled), len(SMALL))
+
+
 def test_what_follows_the_end_is_named() -> None:
     stream = Host(SMALL).stream()
     assert decoded(stream + bytes(5 * SECTOR_BYTES), len(SMALL)) == SMALL
