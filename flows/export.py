@@ -12,7 +12,7 @@ from tasks.boot import check_boot, proven
 from tasks.convert import land
 from tasks.define import check_definable, define
 from tasks.describe import describe_domain
-from tasks.disks import Choice, copyable_disks
+from tasks.disks import Choice, check_problems, copyable_disks
 from tasks.images.boot import need_tools
 from tasks.images.files import allocated_bytes
 from tasks.images.output import DiskFiles, give_up, refuse_existing
@@ -88,6 +88,8 @@ async def _arrived(vcenter: VCenter, job: Job, options: DiskJob, roads: Roads, c
         await drop_snapshot(vcenter, vm, name)
         return state
     before, forget = state.snapshot if state else None, partial(discard, folder)
+    if chains(roads) and not options.snapshot_moref:  # else the fence before a snapshot sees to it
+        await check_problems(vcenter, vm, choice)
     frozen = point_in_time(vcenter, vm, options, name=name, before=before, give_up=forget, chains=chains(roads))
     async with frozen as snapshot:
         there = await copyable_disks(vcenter, job.server, vm, snapshot, choice)

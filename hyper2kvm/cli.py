@@ -194,7 +194,7 @@ def vsphere(
     compression
         Of qcow2, in a second pass: none, zstd or zlib.
     transport
-        Road of the disks' bytes: auto, vddk, nbd, folder or ssh.
+        Road of the disks' bytes: auto, vddk, nbd, folder, ssh or nfc_lease.
     limit_rate
         Bytes a second that the whole run takes at most, such as 60MiB.
     digest

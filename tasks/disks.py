@@ -12,7 +12,7 @@ from blocks import VCenter
 from tasks.errors import InvalidInput, UnsupportedDisk
 from tasks.models import Snapshot, Value, VCenterInfo, VirtualDisk, VirtualMachine
 from tasks.steps import on_vcenter
-from tasks.vsphere.disks import powered_off_disks, snapshot_disks
+from tasks.vsphere.disks import live_disks, powered_off_disks, snapshot_disks
 
 FLAT = "FlatVer2BackingInfo"
 OTHER_ROADS = "The roads vddk and nbd read it (--transport vddk, with VMware's VDDK)"
@@ -35,6 +35,15 @@ async def copyable_disks(
         if disk.problem:
             raise UnsupportedDisk(disk=disk.title, reason=disk.problem, remedy=disk.remedy)
     return disks
+
+
+async def check_problems(vcenter: VCenter, vm: VirtualMachine, choice: Choice) -> None:
+    """Raise UnsupportedDisk for a disk that no road can copy, where all are wanted: before a snapshot is taken."""
+    if not choice.all:
+        return
+    for disk in await on_vcenter(vcenter, live_disks, vm):
+        if disk.problem:
+            raise UnsupportedDisk(disk=disk.title, reason=disk.problem, remedy=disk.remedy)
 
 
 class Choice(Value):

@@ -12,6 +12,7 @@
     ├── VsphereFault                 a fault of vSphere that has no class of its own
     │   ├── PermissionMissing
     │   ├── LicenceForbids
+    │   ├── LeaseRefused             vSphere gives no lease on an export
     │   └── SnapshotFailed
     ├── VmNotFound
     ├── AmbiguousVmName
@@ -36,6 +37,8 @@
     │   └── NbdTlsRefused            its certificate is not trusted, or one of both sides wants no TLS
     ├── SshFailed                    nobody answers at an ESXi host by SSH, or lets us in
     │   └── HostKeyChanged           the host, or somebody in between, shows another key than the pinned one
+    ├── LeaseLost                    an export lease ended before the last byte came
+    ├── BadLeaseStream               what a lease gives is no sound VMDK of the disk
     ├── TransferInterrupted          the source stopped answering; what arrived is kept
     ├── IntegrityMismatch            what was written is not what was read
     ├── JobLocked                    another run of the same job is at work
@@ -170,6 +173,12 @@ class LicenceForbids(VsphereFault):
     """The licence of {host} does not allow {action}"""
 
     remedy = "Power the VM off and run again (no snapshot is needed then), or license the host"
+
+
+class LeaseRefused(VsphereFault):
+    """vSphere gives no export lease on {vm}: {fault}"""
+
+    remedy = "{remedy}"
 
 
 class SnapshotFailed(VsphereFault):
@@ -335,6 +344,18 @@ class HostKeyChanged(SshFailed):
     """The SSH host key of {host} is not the pinned one: expected {expected}, actual {actual}"""
 
     remedy = "If the host was reinstalled on purpose, pin the actual one; if not, somebody is in between"
+
+
+class LeaseLost(Hyper2KvmError):
+    """The export lease on {vm} ended before the last byte: {reason}"""
+
+    remedy = "Nothing of the copy is kept. Run again; if it comes again, see the VM's tasks and events in vSphere"
+
+
+class BadLeaseStream(Hyper2KvmError):
+    """What the host sends of {source} is no sound stream-optimised VMDK of it: {why}"""
+
+    remedy = "Nothing of the copy is kept. Run again; if it comes again, take another road (--transport folder)"
 
 
 class TransferInterrupted(Hyper2KvmError):

@@ -218,7 +218,15 @@ def normalise_host_key(text: str) -> str:
     )
 
 
-RoadSettings = Annotated[FolderSettings | VddkSettings | NbdSettings | SshSettings, Field(discriminator="road")]
+class LeaseSettings(Value):
+    """The road `nfc_lease` needs nothing but the connection to the vCenter."""
+
+    road: Literal["nfc_lease"] = "nfc_lease"
+
+
+RoadSettings = Annotated[
+    FolderSettings | VddkSettings | NbdSettings | SshSettings | LeaseSettings, Field(discriminator="road")
+]
 """What a road needs to know beside the disk, a class a road. A job's state holds it: a secret in it is not dumped."""
 
 
@@ -243,6 +251,17 @@ class ServiceTicket(Value):
     host: str
     port: int
     thumbprint: str | None
+
+
+class LeasedDevice(Value):
+    """What an export lease gives of a VM: a device by its key, behind a URL that opens it without a login.
+
+    thumbprint: of the certificate of the host that the URL names; "" where the lease does not say.
+    """
+
+    key: str
+    url: SecretStr
+    thumbprint: str = ""
 
 
 class VCenterInfo(Value):
@@ -703,6 +722,7 @@ class ExportTransport(StrEnum):
     nbd = "nbd"
     folder = "folder"
     ssh = "ssh"
+    nfc_lease = "nfc_lease"
 
 
 SLOWEST_BYTES_PER_S = 64 * 1024

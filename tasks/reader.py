@@ -36,6 +36,22 @@ def joined(runs: Iterable[tuple[int, int]], *, size: int) -> Iterator[Extent]:
         yield Extent(start=start, length=end - start)
 
 
+class Hole:
+    """So many bytes that are known to read as zeros, in place of a buffer that holds them: a slice of one is one."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> Hole:
+        return Hole(len(range(*part.indices(self._length))))
+
+
+Buffer = memoryview | Hole
+
+
 class TransientFault(Exception):
     """The source failed in a way that a new request may survive; the copy loop decides how often to try.
 
@@ -72,8 +88,10 @@ class Reader(Protocol):
 
     def __exit__(self, *exc: object) -> None: ...
 
-    def stream(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
+    def stream(self, extent: Extent) -> Generator[tuple[int, Buffer], None, None]:
         """Yield `(offset, buffer)`, in any order, covering `extent` once; a buffer is good until the next is asked for.
+
+        A reader that learns on the way that nothing is stored somewhere yields a Hole.
 
         Closing the generator ends the request.
 

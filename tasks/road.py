@@ -20,9 +20,11 @@ from tasks.slots import halve, one_of
 from tasks.transports.bulk import Shared
 from tasks.transports.folder import FolderDisk, FolderReader
 from tasks.transports.nbd import NbdDisk, NbdReader
+from tasks.transports.nfc_lease import LeaseDisk, LeaseReader
 from tasks.transports.ssh import SshDisk, SshReader
 from tasks.transports.vddk import SHA1_DIGITS, VddkDisk, VddkReader
 from tasks.vsphere import tickets
+from tasks.vsphere.leases import Leases
 from tasks.vsphere.session import Session, borrow
 
 VDDK_DISKS_A_HOST = 10  # the NFC memory of an ESXi host is for some 50 sessions, and others want some
@@ -100,15 +102,8 @@ def folder_reader(
     )
 
 
-<<<<<<< HEAD
 def vddk_disk(disk: VirtualDisk, job: JobState, connection: Connection) -> VddkDisk:
     """Return where VDDK finds a disk of a job that takes this road, and under which identity it prepares the VM."""
-=======
-@contextmanager
-def _by_vddk(wanted: Opening) -> Iterator[Reader]:
-    """It waits its turn, where many disks of that ESXi host are open on this machine: fewer, where it had no memory."""
-    job, disk = wanted.job, wanted.disk
->>>>>>> roads
     assert isinstance(job.road, VddkSettings)
     return VddkDisk(
         connection=connection,
@@ -120,16 +115,13 @@ def _by_vddk(wanted: Opening) -> Iterator[Reader]:
         capacity_bytes=disk.capacity_bytes,
         identity=f"hyper2kvm-{job.job_id}-disk-{disk.index}",
     )
-<<<<<<< HEAD
 
 
 @contextmanager
 def _by_vddk(wanted: Opening) -> Iterator[Reader]:
-    """It waits its turn, where many disks of that ESXi host are open on this machine."""
+    """It waits its turn, where many disks of that ESXi host are open on this machine: fewer, where it had no memory."""
     source = vddk_disk(wanted.disk, wanted.job, wanted.connection)
-=======
     limit = (VDDK_DISKS_A_HOST, f"vddk-{source.host_name}")
->>>>>>> roads
     with (
         one_of(*limit, stop=wanted.stop),
         VddkReader(source, stop=wanted.stop, when_full=partial(halve, *limit)) as reader,
@@ -175,10 +167,34 @@ def _by_ssh(wanted: Opening) -> Iterator[Reader]:
         yield reader
 
 
+@contextmanager
+def _by_lease(wanted: Opening) -> Iterator[Reader]:
+    """The lease is the job's, and held already."""
+    with borrow(wanted.connection) as session:
+        lease = session.companion(Leases).of(wanted.job.vm)
+        device = lease.device_of(wanted.disk, among=wanted.job.disks)
+        source = LeaseDisk(
+            connection=wanted.connection,
+            url=device.url,
+            thumbprint=device.thumbprint,
+            datastore_path=wanted.disk.datastore_path,
+            capacity_bytes=wanted.disk.capacity_bytes,
+        )
+        with LeaseReader(source, alive=lease.check, progress=lease.add) as reader:
+            yield reader
+
+
+@contextmanager
+def _leased(job: JobState, connection: Connection) -> Iterator[None]:
+    with borrow(connection) as session, session.companion(Leases).held(session, job.vm, job.snapshot):
+        yield
+
+
 ROADS: dict[str, Road] = {
     "vddk": Road(_by_vddk, chains=True, sparse=True),
     "nbd": Road(_by_nbd, chains=True, sparse=True),
     "folder": Road(_by_folder),
     "ssh": Road(_by_ssh),
+    "nfc_lease": Road(_by_lease, chains=True, sparse=True, held=_leased),
 }
 """By name; in the order in which `auto` prefers them."""

@@ -12,7 +12,7 @@ from blocks import ESXiHost, NbdSource, VCenter, VddkToolkit
 from tasks.disks import check_flat
 from tasks.errors import ConnectionFailed, Hyper2KvmError, InvalidInput, NoRoad, TransferInterrupted, VddkUnavailable
 from tasks.images.state import JobState
-from tasks.models import ExportJob, FolderSettings, Roads, RoadSettings, SkippedRoad, Value, VddkSettings
+from tasks.models import ExportJob, FolderSettings, LeaseSettings, Roads, RoadSettings, SkippedRoad, Value, VddkSettings
 from tasks.probe import probe
 from tasks.road import ROADS, road_of
 from tasks.steps import connection_of, in_thread
@@ -69,11 +69,16 @@ def _ssh(options: ExportJob, means: Means) -> RoadSettings:
     raise InvalidInput(what="transport ssh", why="no ESXi host is given", remedy=remedy)
 
 
+def _nfc_lease(options: ExportJob, means: Means) -> RoadSettings:
+    return LeaseSettings()
+
+
 WAYS: dict[str, Callable[[ExportJob, Means], RoadSettings]] = {
     "vddk": _vddk,
     "nbd": _nbd,
     "folder": _folder,
     "ssh": _ssh,
+    "nfc_lease": _nfc_lease,
 }
 """What tells a road's settings, or raises what it lacks, by the road's name."""
 

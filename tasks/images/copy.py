@@ -24,14 +24,14 @@ from tenacity import (
 
 from tasks.errors import IntegrityMismatch, TransferInterrupted
 from tasks.images.checkpoints import EVERY_BYTES, Checkpoints, Durable
-from tasks.images.digests import LEAF_BYTES, Buffer, Digests, is_zero
+from tasks.images.digests import LEAF_BYTES, ZERO_RECORD, Buffer, Digests, is_zero, leaf_count
 from tasks.images.extents import check_plan, pieces
 from tasks.images.leaves import Misread, Piece
 from tasks.images.pool import Pool
 from tasks.images.writer import Writer
 from tasks.models import Extent, Value
 from tasks.rate import Rate
-from tasks.reader import Reader, TransientFault
+from tasks.reader import Hole, Reader, TransientFault
 
 CLUSTER_BYTES = 64 * 1024  # of a qcow2, where nothing else is said: what a target has or has not
 
@@ -146,17 +146,31 @@ class _Copy:
             with closing(self._reader.stream(extent)) as stream:
                 for offset, buffer in stream:
                     self._pool.check()
-                    self._count(received=len(buffer))
+                    came = 0 if isinstance(buffer, Hole) else len(buffer)
+                    self._count(received=came)
                     for leaf, content in piece.take(offset, buffer):
                         self._land(leaf, content)
                     if self._rate:
-                        self._pool.ended.wait(self._rate.delay(len(buffer)))
+                        self._pool.ended.wait(self._rate.delay(came))
         if piece.left:
             raise Misread(f"the source left out {piece.left} leaves, the first at {piece.first_missing}")
 
-    def _land(self, first: int, content: Buffer) -> None:
-        """Write whole leaves, from number `first` on, their clusters of zeros as holes."""
-        start, view = first * LEAF_BYTES, memoryview(content)
+    def _land(self, first: int, content: Buffer | Hole) -> None:
+        """Write whole leaves, from number `first` on, with their digests."""
+        start = first * LEAF_BYTES
+        if isinstance(content, Hole):
+            self._writer.zero(start, len(content))
+            records = ZERO_RECORD * leaf_count(len(content))
+        else:
+            records = self._write(start, memoryview(content))
+        self._digests.put(first, records)
+        self._count(covered=len(content))
+        if self._progress:
+            self._progress(len(content))
+        self._checkpoints.landed(Extent(start=start, length=len(content)))
+
+    def _write(self, start: int, view: memoryview) -> bytes:
+        """Write whole leaves, their clusters of zeros as holes; return their records."""
         records = [self._digests.record_of(view[at : at + LEAF_BYTES]) for at in range(0, len(view), LEAF_BYTES)]
         at = 0
         for zeros, clusters in groupby(
@@ -169,11 +183,7 @@ class _Copy:
                 self._writer.write(start + at, part)
                 self._count(written=len(part))
             at += len(part)
-        self._digests.put(first, b"".join(records))
-        self._count(covered=len(view))
-        if self._progress:
-            self._progress(len(view))
-        self._checkpoints.landed(Extent(start=start, length=len(view)))
+        return b"".join(records)
 
     def _count(self, *, received: int = 0, covered: int = 0, written: int = 0) -> None:
         with self._lock:

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from tasks.images.digests import LEAF_BYTES, Buffer, leaf_count
 from tasks.models import Extent
-from tasks.reader import aligned_buffer
+from tasks.reader import Hole, aligned_buffer
 
 
 class Misread(Exception):
@@ -47,10 +47,11 @@ class Piece:
                 runs.append([leaf, leaf])
         return [self._extent_of(first, last) for first, last in runs]
 
-    def take(self, offset: int, buffer: memoryview) -> Iterator[tuple[int, Buffer]]:
+    def take(self, offset: int, buffer: memoryview | Hole) -> Iterator[tuple[int, Buffer | Hole]]:
         """Yield `(leaf, content)` for what `buffer` completes: the leaves from `leaf` on, the last perhaps a short one.
 
-        Content is good until the next is asked for. Leaves that lie whole in `buffer` are not copied. Raises Misread.
+        Content is good until the next is asked for. Leaves that lie whole in `buffer` are not copied, those of a hole
+        are one. Raises Misread.
         """
         while buffer:
             leaf, at = divmod(offset, LEAF_BYTES)
@@ -74,12 +75,12 @@ class Piece:
             return 0
         return length if offset + length == self.extent.end else length // LEAF_BYTES * LEAF_BYTES
 
-    def _put(self, leaf: int, length: int, at: int, part: memoryview) -> bool:
+    def _put(self, leaf: int, length: int, at: int, part: memoryview | Hole) -> bool:
         if leaf not in self._open:
             self._open[leaf] = _OpenLeaf(self._memory(length))
         return self._open[leaf].put(at, part)
 
-    def _complete(self, leaves: range, content: Buffer) -> tuple[int, Buffer]:
+    def _complete(self, leaves: range, content: Buffer | Hole) -> tuple[int, Buffer | Hole]:
         for leaf in leaves:
             if leaf in self._open:
                 raise Misread(f"the source gave bytes of the leaf at {leaf * LEAF_BYTES} twice")
@@ -107,12 +108,12 @@ class _OpenLeaf:
         self.content = content
         self._gaps = [(0, len(content))]
 
-    def put(self, at: int, part: memoryview) -> bool:
+    def put(self, at: int, part: memoryview | Hole) -> bool:
         """Put `part` at `at`; tell whether the leaf is whole now. Raises Misread where something is there already."""
         end = at + len(part)
         for index, (start, stop) in enumerate(self._gaps):
             if start <= at and end <= stop:
-                self.content[at:end] = part
+                self.content[at:end] = bytes(len(part)) if isinstance(part, Hole) else part
                 rest = [gap for gap in ((start, at), (end, stop)) if gap[0] < gap[1]]
                 self._gaps[index : index + 1] = rest
                 return not self._gaps

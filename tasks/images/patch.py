@@ -22,7 +22,7 @@ from tasks.images.extents import leaf_extent
 from tasks.images.writer import Image
 from tasks.models import Extent
 from tasks.rate import Rate
-from tasks.reader import Reader
+from tasks.reader import Hole, Reader
 
 AHEAD = 2  # threads a connection: while one waits for the source, the others read, hash and write here
 HELD_BYTES = 1024 * 1024  # at most this much of a reply is taken whole, so that its connection is free at once
@@ -105,7 +105,7 @@ class _Patched:
     def __exit__(self, *exc: object) -> None:
         """The source is not ours to leave."""
 
-    def stream(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
+    def stream(self, extent: Extent) -> Generator[tuple[int, memoryview | Hole], None, None]:
         """Yield the bytes of `extent`, whole leaves of it. See `tasks.reader.Reader`."""
         changed = self._changes.within(extent)
         for each, after in zip_longest(changed, changed[1:]):
@@ -117,7 +117,7 @@ class _Patched:
     def interrupt(self) -> None:
         self._from.interrupt()
 
-    def _kept(self, leaf: int) -> Generator[tuple[int, memoryview], None, None]:
+    def _kept(self, leaf: int) -> Generator[tuple[int, memoryview | Hole], None, None]:
         """Yield what of a leaf did not change: as it is here, or, if that is not what it was, as the source has it."""
         kept = self._changes.kept(leaf)
         if not kept:
@@ -148,7 +148,7 @@ class _Patched:
             with self._lock:
                 self._spare.append(mine)
 
-    def _fetched(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
+    def _fetched(self, extent: Extent) -> Generator[tuple[int, memoryview | Hole], None, None]:
         if extent.length > HELD_BYTES:
             with self._turns:
                 yield from self._streamed(extent)
@@ -156,10 +156,11 @@ class _Patched:
         held = memoryview(bytearray(extent.length))
         with self._turns:
             for offset, buffer in self._streamed(extent):
-                held[offset - extent.start : offset - extent.start + len(buffer)] = buffer
+                if isinstance(buffer, memoryview):  # the others are zeros there already
+                    held[offset - extent.start : offset - extent.start + len(buffer)] = buffer
         yield extent.start, held
 
-    def _streamed(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
+    def _streamed(self, extent: Extent) -> Generator[tuple[int, memoryview | Hole], None, None]:
         with closing(self._from.stream(extent)) as stream:
             for offset, buffer in stream:
                 with self._lock:

@@ -26,6 +26,7 @@ from tests.runs import (
     chance_of_this_run,
     children,
     command,
+    faults,
     raw_sha256,
     run_command,
     vcenter_of,
@@ -175,7 +176,12 @@ async def test_auto_goes_past_roads_that_cannot_read_a_disk(strict, tmp_path):
         assert "exit status 3" in manifest.skipped_roads[1].why
         assert "is locked by a running VM" in manifest.skipped_roads[2].why
         assert_equal_to_the_frozen_chain(strict, tmp_path / "out" / "web", tmp_path)
-        with host.trouble("busy"), pytest.raises(errors.NoRoad, match=r"vddk: .*nbd: .*folder: .*ssh: .*is locked"):
+        lacking = r"vddk: .*nbd: .*folder: .*ssh: .*is locked.*nfc_lease: .*VApp\.Export"
+        with (
+            host.trouble("busy"),
+            faults(strict, refuse_privilege="VApp.Export"),
+            pytest.raises(errors.NoRoad, match=lacking),
+        ):
             await export(strict, tmp_path / "none", "web", "auto", means=means)
     assert_nothing_left(strict)
     assert not list((tmp_path / "none" / "web").glob("disk-*"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,13 @@ from tasks.vsphere.disks import disks_among
 from tasks.vsphere.properties import retrieve
 from tasks.vsphere.session import borrow
 from tests.labs import Lab, running_lab
-from tests.runs import assert_nothing_left, children, export, faults, raw_sha256, vcenter_of
+from tests.runs import assert_nothing_left, children, faults, raw_sha256, vcenter_of
+from tests.runs import export as export_by
 
 pytestmark = [pytest.mark.anyio, pytest.mark.live, pytest.mark.usefixtures("prefect_api")]
 
 MIB = 1024 * 1024
+export = partial(export_by, transport="folder")  # what the other roads read or refuse is in tests of their own
 SMALL = {"size": "1MiB"}
 # The device list's order is neither that of the buses nor that of the units.
 SIXTEEN = [

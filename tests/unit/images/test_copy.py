@@ -18,7 +18,7 @@ from tasks.images.raw import RawWriter
 from tasks.images.writer import Writer
 from tasks.models import Extent
 from tasks.process import Stopped
-from tasks.reader import TransientFault
+from tasks.reader import Hole, TransientFault
 from tests.unit.images.fakes import FakeReader, FakeWriter, TellingDigests, TellingJournal, leaves
 
 QUICK = Limits(threads=2, attempts=3, first_wait_s=0.001, longest_wait_s=0.002)
@@ -278,3 +278,34 @@ def test_a_stop_that_comes_first_reads_nothing(tmp_path: Path) -> None:
     reader = FakeReader(CONTENT, stalls_at=0)
     with pytest.raises(Stopped):
         run(tmp_path, reader, FakeWriter(len(CONTENT)), stop=stop)
+
+
+class HolesReader(FakeReader):
+    """Gives what is zero as holes, of any length, some of them a part of a leaf."""
+
+    def stream(self, extent: Extent) -> Iterator[tuple[int, memoryview | Hole]]:  # type: ignore[override]
+        at = extent.start
+        while at < extent.end:
+            end = at + 4096
+            zero = not any(self.content[at:end])
+            while end < extent.end and zero == (not any(self.content[end : end + 4096])):
+                end += 4096
+            end = min(end, extent.end)
+            yield at, Hole(end - at) if zero else memoryview(self.content)[at:end]
+            at = end
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_hole_reads_as_zeros_whatever_the_target_held_and_is_no_byte_that_came(tmp_path: Path, empty: bool) -> None:
+    content = leaves("a000b0", tail=1024)
+    content = content[: LEAF_BYTES // 2] + bytes(LEAF_BYTES) + content[LEAF_BYTES // 2 * 3 :]
+    target = tmp_path / "x"
+    target.write_bytes(b"\xff" * len(content))
+    writer = RawWriter.create(target, size=len(content)) if empty else RawWriter.open(target)
+    with writer:
+        result = run(tmp_path, HolesReader(content, chunk=4096), writer)
+    assert target.read_bytes() == content
+    assert result.bytes_transferred == len(content) - content.count(bytes(4096)) * 4096
+    with Digests.open(tmp_path / "x.digests") as digests:
+        assert digests.get(0) == record_of(content[:LEAF_BYTES])
+        assert digests.get(1) == record_of(content[LEAF_BYTES : 2 * LEAF_BYTES])
