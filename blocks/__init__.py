@@ -2,5 +2,6 @@
 
 from blocks.vcenter import VCenter
 from blocks.vddk import VddkToolkit
+from blocks.wave import MigrationWave
 
-__all__ = ["VCenter", "VddkToolkit"]
+__all__ = ["MigrationWave", "VCenter", "VddkToolkit"]

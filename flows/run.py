@@ -10,7 +10,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,7 +20,7 @@ from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from tasks.errors import PrefectUnreachable
-from tasks.models import DownloadJob, ExportJob, ExportOptions, JobOptions, SyncJob, VddkJob
+from tasks.models import ExportOptions, JobOptions, VddkJob
 from tasks.process import dying_with_us
 
 if TYPE_CHECKING:
@@ -34,22 +34,26 @@ T = TypeVar("T")
 
 def flow_of(options: ExportOptions, vcenter: VCenter) -> Callable[[], Awaitable[Any]]:
     """Return the flow of the mode that the options name, ready to be called. Raises NotBuilt, InvalidInput."""
+    return flow_for(options.export_mode, vcenter, options.job(), {"vddk_libdir": options.vddk_libdir})
+
+
+def flow_for(mode: str, vcenter: VCenter, job: JobOptions, more: Mapping[str, Any]) -> Callable[[], Awaitable[Any]]:
+    """Return the flow of a mode, ready to be called. more: `vddk_libdir` counts, for a mode that needs VDDK."""
     from blocks import VddkToolkit
     from flows.cbt_sync import cbt_sync
     from flows.download_only import download_only
     from flows.export import export_vm
     from flows.vddk_download import vddk_download
 
-    job = options.job()
     if isinstance(job, VddkJob):
-        toolkit = VddkToolkit(libdir=options.vddk_libdir)
+        toolkit = VddkToolkit(libdir=more.get("vddk_libdir", ""))
         return partial(vddk_download, vcenter=vcenter, toolkit=toolkit, options=job)
-    flows: dict[type[JobOptions], Callable[..., Awaitable[Any]]] = {
-        ExportJob: export_vm,
-        DownloadJob: download_only,
-        SyncJob: cbt_sync,
+    flows: dict[str, Callable[..., Awaitable[Any]]] = {
+        "export": export_vm,
+        "download_only": download_only,
+        "cbt_sync": cbt_sync,
     }
-    return partial(flows[type(job)], vcenter=vcenter, options=job)
+    return partial(flows[mode], vcenter=vcenter, options=job)
 
 
 async def run_flow(flow: Callable[..., Awaitable[T]], *, say: Callable[[str], None], **parameters: Any) -> T:

@@ -20,10 +20,10 @@ from typing import Annotated, Any, TypeVar
 from cyclopts import App, Parameter
 from pydantic import ValidationError
 
-from hyper2kvm import __version__
+from hyper2kvm import __version__, fleet
 from hyper2kvm.settings import Settings, password_from
 from hyper2kvm.terminal import Board, boot_line, show_error, show_verification, stderr, stdout, summary
-from tasks.errors import Hyper2KvmError, IntegrityMismatch, InvalidInput, NotBuilt
+from tasks.errors import Hyper2KvmError, IntegrityMismatch, InvalidInput
 from tasks.images.boot import need_tools
 from tasks.images.boot_domain import boots_by_uefi, read_domain
 from tasks.images.files import safe_name
@@ -42,9 +42,8 @@ from tasks.models import (
 )
 from tasks.text import one_line
 
-LATER_ACTIONS = ("preflight",)
 MODES = {"export-vm": "export", "download-vm": "download_only", "vddk-export": "vddk_download", "cbt-sync": "cbt_sync"}
-ACTIONS = (*MODES, "verify", "boot-check", "list-vms")
+ACTIONS = (*MODES, "verify", "boot-check", "preflight", "wave", "list-vms")
 STOPPING = "Stopping: the transfer ends, then the snapshot is removed"
 INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
 
@@ -115,6 +114,10 @@ def vsphere(
     vddk_libdir: Path | None = None,
     vddk_disk: str = "",
     all_disks: Annotated[bool, Parameter(negative=())] = False,
+    wave: Path | None = None,
+    mode: str = "export",
+    dry_run: Annotated[bool, Parameter(negative=())] = False,
+    simulate: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
     debug: Annotated[bool, Parameter(negative=())] = False,
 ) -> int:
@@ -123,10 +126,10 @@ def vsphere(
     Parameters
     ----------
     what
-        With list-vms: a pattern, only VMs whose name or inventory path matches. With verify and boot-check: the folder
-        of a copy.
+        With list-vms and preflight: a pattern, only VMs whose name or inventory path matches. With verify and
+        boot-check: the folder of a copy.
     vs_action
-        export-vm, download-vm, vddk-export, cbt-sync, verify, boot-check or list-vms.
+        export-vm, download-vm, vddk-export, cbt-sync, verify, boot-check, preflight, wave or list-vms.
     vcenter
         Name or address; host:port is understood. boot-check needs none, verify only with --against-source.
     username
@@ -215,6 +218,15 @@ def vsphere(
         With vddk-export: key, label or number of the disk; else the only one, or the first.
     all_disks
         With vddk-export: every disk of the VM.
+    wave
+        With wave: the YAML or CSV file that describes it.
+    mode
+        With preflight and wave: export, download_only, vddk_download or cbt_sync, where the wave's file says nothing.
+    dry_run
+        With wave: check every VM and print the plan; start nothing.
+    simulate
+        With wave: play the schedule of a fleet of 10,000 VMs (or of the wave's plan, with --wave) and print how long it
+        takes; nothing is started.
     json
         Print the result (or the error) as JSON on stdout.
     debug
@@ -282,9 +294,16 @@ def vsphere(
             boot = {"timeout_s": boot_timeout, "expect": boot_expect, "accelerator": boot_accelerator}
             folder = Path(_given("The folder", what, vs_action)).absolute()
             return _boot_check(BootJob(folder=folder, scratch=str(scratch or ""), boot=boot), json=json)
+        if vs_action == "preflight":
+            selected = [each for each in (vs_vm_name, what) if each]
+            job = fleet.preflight_job(_given("--vs-vm-name", selected or None, vs_action), mode, options)
+            return fleet.preflight(job, settings(), json=json, shown=_shown)
+        if vs_action == "wave" and simulate and wave is None:
+            return fleet.simulate_fleet(json=json)
+        if vs_action == "wave":
+            plan = fleet.wave_of(_given("--wave", wave, vs_action), mode, options, dry_run=dry_run or simulate)
+            return fleet.run_wave(plan, settings(), simulate=simulate, json=json, shown=_shown)
         actions = f"{', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}"
-        if vs_action in LATER_ACTIONS:
-            raise NotBuilt(what=f"--vs-action {vs_action}", instead=actions)
         raise InvalidInput(what="--vs-action", why=f"unknown {vs_action!r}", remedy=f"Use {actions}")
 
     _quiet_logs(debug)

@@ -1,4 +1,4 @@
-"""How many disks an ESXi host is given: halved where it runs short, one more after a quiet while, never past a ceiling."""
+"""How many disks an ESXi host is given: halved where it runs short, one more after a quiet while."""
 
 from __future__ import annotations
 

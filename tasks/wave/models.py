@@ -131,7 +131,7 @@ class FailurePolicy(_Form):
 
 
 class Limits(_Form):
-    """What runs at once at most. While the wave runs, these are global concurrency limits of Prefect: change them there."""
+    """What runs at once at most. While the wave runs these are global concurrency limits of Prefect: change them so."""
 
     runs: int = Field(
         default=4,
@@ -250,3 +250,25 @@ class Wave(_Form):
         if not self.output_dir:
             raise InvalidInput(what="output_dir", why="the wave has none", remedy="Name a folder for its copies")
         return Path(self.output_dir)
+
+
+class PreflightJob(_Form):
+    """Which VMs to check, and for what."""
+
+    select: tuple[str, ...] = Field(title="VMs", description=_SELECT, examples=[["/DC/vm/prod/*"]], min_length=1)
+    output_dir: Path = Field(
+        title="Output folder",
+        description="Folder on the worker's machine that the copies are to go to: its room is looked at.",
+        examples=["/data/exports"],
+    )
+    mode: WaveMode = Field(
+        default="export", title="Mode", description="What is to be done with each VM.", examples=["export"]
+    )
+    options: dict[str, Any] = Field(
+        default={},
+        title="Options",
+        description="Of the mode, named as in the mode's own form.",
+        examples=[{"quiesce": True}],
+    )
+
+    _as_text = field_validator("select", mode="before")(_selectors)

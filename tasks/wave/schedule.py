@@ -1,4 +1,4 @@
-"""Who starts next: the longest first, spread over hosts and datastores, within limits, each group after what it waits for.
+"""Who starts next: the longest first, spread over hosts and datastores, within limits, groups in their order.
 
 The same scheduler runs waves and their simulation. It knows no time and starts nothing: it is asked what may start,
 and told what has ended.
@@ -13,7 +13,7 @@ from typing import Literal
 from tasks.models import Value
 
 RUNS = "runs"  # the resource that every VM takes one slot of, whatever disks it has
-LOOKED_AT, RESOURCES = 8, 24  # candidates of a resource, and resources, that are looked at while something runs
+LOOKED_AT, RESOURCES = 8, 24  # candidates of a resource, and resources, looked at while something runs
 DEEP = 1_000_000
 
 Outcome = Literal["done", "failed", "skipped", "blocked", "refused", "unstarted"]
@@ -38,7 +38,7 @@ class Scheduler:
     """Admits works as slots come free.
 
     after: by group, the groups that must be done before. limits: slots by resource; one that is not named has none.
-    A VM that wants more slots than a resource has at all takes them all. Lowering a limit ends nothing: what runs is
+    held: see `hold`. A VM that wants more slots than a resource has at all takes them all. Lowering a limit ends nothing: what runs is
     let finish.
     """
 
@@ -48,6 +48,7 @@ class Scheduler:
         *,
         after: Mapping[str, Collection[str]] | None = None,
         limits: Mapping[str, int] | None = None,
+        held: Collection[str] = (),
     ) -> None:
         self._works = {work.key: work for work in works}
         self._after = {group: frozenset(others) for group, others in (after or {}).items()}
@@ -61,7 +62,7 @@ class Scheduler:
         self._left: dict[str, int] = {}
         self._open: set[str] = set()
         self._spoilt: set[str] = set()
-        self._held: frozenset[str] = frozenset()
+        self._held = frozenset(held)
         self.waiting: set[str] = set(self._works)
         self.outcomes: dict[str, Outcome] = {}
         for work in self._works.values():
@@ -80,6 +81,13 @@ class Scheduler:
         """Whether nothing runs, and nothing waits that can ever start."""
         return not self._taken and not self.waiting
 
+    @property
+    def startable(self) -> bool:
+        """Whether something waits for slots alone."""
+        return any(
+            self._works[key].group in self._open and self.is_open(self._works[key].group) for key in self.waiting
+        )
+
     def used(self, resource: str) -> int:
         """Slots of a resource that are taken now."""
         return self._used.get(resource, 0)
@@ -90,7 +98,12 @@ class Scheduler:
 
     def is_open(self, group: str) -> bool:
         """Whether all that a group waits for is done, and nobody holds it."""
-        return group not in self._held and all(self._left.get(each, 0) == 0 and each not in self._spoilt for each in self._after.get(group, ()))
+        return group not in self._held and self.would_open(group)
+
+    def would_open(self, group: str) -> bool:
+        """Whether all that a group waits for is done."""
+        before = self._after.get(group, ())
+        return all(self._left.get(each, 0) == 0 and each not in self._spoilt for each in before)
 
     def hold(self, groups: Collection[str]) -> None:
         """Have these groups, and no others, wait for a word of somebody's beside what they wait for anyway."""

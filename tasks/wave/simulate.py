@@ -1,4 +1,4 @@
-"""A wave played through by its own scheduler against a model of hosts and datastores: how long, how busy, how near to the bound.
+"""A wave played through by its own scheduler against a model of hosts and datastores: how long, how near to the bound.
 
 Transfers share what they pass through: a disk has `disk_bytes_per_s` at most, those of a host or datastore share its
 bandwidth evenly, and all together keep to the vCenter's.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from pydantic import Field
 
 from tasks.models import Value
 from tasks.wave.graph import all_before
@@ -23,12 +25,12 @@ class Bandwidth(Value):
     """What the model's parts carry, in bytes a second. resources: by name; what is not named is no bottleneck."""
 
     disk: float = 64 * MIB
-    resources: dict[str, float] = {}
+    resources: Mapping[str, float] = Field(default_factory=dict)
     start_s: float = 20.0  # of a run, before its first byte: process, login, snapshot
 
 
 class Simulation(Value):
-    """What came of playing a wave. busy: of each host, the share of its bandwidth that was used. `bound`: see `bound`."""
+    """What came of playing a wave. busy: of each host, the share of its bandwidth used. bound_s: see `bound`."""
 
     vms: int
     bytes: int
@@ -37,7 +39,7 @@ class Simulation(Value):
     bottleneck: str
     busy: dict[str, float]
     seconds: float  # that the simulation itself took
-    spans: dict[str, tuple[float, float]] = {}
+    spans: dict[str, tuple[float, float]] = Field(default_factory=dict)
 
     @property
     def over(self) -> float:
@@ -148,7 +150,9 @@ def bound(
             bytes_on[each] = bytes_on.get(each, 0) + work.bytes
         seconds = bandwidth.start_s + work.bytes / (work.slots * bandwidth.disk)
         alone[work.group] = max(alone.get(work.group, 0.0), seconds)
-    found = {each: count / through for each, count in bytes_on.items() if (through := _through(each, limits, bandwidth))}
+    found = {
+        each: count / through for each, count in bytes_on.items() if (through := _through(each, limits, bandwidth))
+    }
     chains = {
         f"groups up to {group}" if group else "the longest VM": sum(
             alone.get(each, 0.0) for each in (*_chain(after or {}, group, alone), group)
