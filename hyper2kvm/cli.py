@@ -282,8 +282,8 @@ def vsphere(
 
     def act() -> int:
         if vs_action in MODES:
-            mode = {"export_mode": MODES[vs_action]}
-            return _run_mode(_checked(options | mode, vs_action), settings(), json=json)
+            chosen = options | {"export_mode": MODES[vs_action]}
+            return _run_mode(_checked(chosen, vs_action), settings(), json=json)
         if vs_action == "list-vms":
             return _list(what or "*", settings(), json=json)
         if vs_action == "verify":
@@ -296,8 +296,8 @@ def vsphere(
             return _boot_check(BootJob(folder=folder, scratch=str(scratch or ""), boot=boot), json=json)
         if vs_action == "preflight":
             selected = [each for each in (vs_vm_name, what) if each]
-            job = fleet.preflight_job(_given("--vs-vm-name", selected or None, vs_action), mode, options)
-            return fleet.preflight(job, settings(), json=json, shown=_shown)
+            check = fleet.preflight_job(_given("--vs-vm-name", selected or None, vs_action), mode, options)
+            return fleet.preflight(check, settings(), json=json, shown=_shown)
         if vs_action == "wave" and simulate and wave is None:
             return fleet.simulate_fleet(json=json)
         if vs_action == "wave":

@@ -1,4 +1,4 @@
-"""The command line's part for many VMs: preflight, waves, and their simulation; words into parameters, results into lines."""
+"""The command line's part for many VMs: preflight, waves, and their simulation."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def members(wave: Wave, inventory: Sequence[Listed]) -> list[Member]:
     A canary that is in no selection besides is of the wave all the same.
     """
     out = {vm.moref for vm in chosen(wave.exclude, inventory)}
-    groups = [Group(name="", select=wave.select), *wave.groups]
+    groups = [Group.model_construct(name="", select=wave.select), *wave.groups]  # those that wait for nobody
     of: dict[str, tuple[Listed, Group]] = {}
     for group in reversed(groups):  # a named group goes before the wave's own selection
         for vm in chosen(group.select, inventory):

@@ -1,0 +1,36 @@
+"""A lab with many small VMs, for waves: hosts and datastores that they are spread over, some that preflight refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HOSTS = ("esx-a.lab", "esx-b.lab", "esx-c.lab")
+STORES = ("fast", "slow")
+
+
+def fleet(*, vms: int, size: str = "1MiB", refused: int = 0) -> dict[str, Any]:
+    """Return a scenario: `app-0`, `app-1`, … and, the last of them, so many that cannot be copied (`bad-0`, …)."""
+    names = [f"app-{number:02}" for number in range(vms - refused)] + [f"bad-{number}" for number in range(refused)]
+    return {
+        "datacenters": [
+            {
+                "name": "DC",
+                "clusters": [{"name": "c", "hosts": list(HOSTS)}],
+                "datastores": list(STORES),
+                "vms": [_vm(number, name, size) for number, name in enumerate(names)],
+            }
+        ]
+    }
+
+
+def _vm(number: int, name: str, size: str) -> dict[str, Any]:
+    disk: dict[str, Any] = {"size": size, "thin": True}
+    if name.startswith("bad"):
+        disk["mode"] = "independent_persistent"
+    return {
+        "name": name,
+        "folder": "prod/db" if number % 5 == 0 else "prod/web",
+        "host": HOSTS[number % len(HOSTS)],
+        "datastore": STORES[number % len(STORES)],
+        "disks": [disk],
+    }
