@@ -8,8 +8,11 @@ HOSTS = ("esx-a.lab", "esx-b.lab", "esx-c.lab")
 STORES = ("fast", "slow")
 
 
-def fleet(*, vms: int, size: str = "1MiB", refused: int = 0) -> dict[str, Any]:
-    """Return a scenario: `app-0`, `app-1`, … and, the last of them, so many that cannot be copied (`bad-0`, …)."""
+def fleet(*, vms: int, size: str = "1MiB", refused: int = 0, sizes: dict[str, str] | None = None) -> dict[str, Any]:
+    """Return a scenario: `app-0`, `app-1`, … and, the last of them, so many that cannot be copied (`bad-0`, …).
+
+    sizes: of the disks of some VMs, by name. Every fifth VM is in the folder prod/db, the others in prod/web.
+    """
     names = [f"app-{number:02}" for number in range(vms - refused)] + [f"bad-{number}" for number in range(refused)]
     return {
         "datacenters": [
@@ -17,7 +20,7 @@ def fleet(*, vms: int, size: str = "1MiB", refused: int = 0) -> dict[str, Any]:
                 "name": "DC",
                 "clusters": [{"name": "c", "hosts": list(HOSTS)}],
                 "datastores": list(STORES),
-                "vms": [_vm(number, name, size) for number, name in enumerate(names)],
+                "vms": [_vm(number, name, (sizes or {}).get(name, size)) for number, name in enumerate(names)],
             }
         ]
     }

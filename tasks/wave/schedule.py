@@ -38,8 +38,8 @@ class Scheduler:
     """Admits works as slots come free.
 
     after: by group, the groups that must be done before. limits: slots by resource; one that is not named has none.
-    held: see `hold`. A VM that wants more slots than a resource has at all takes them all. Lowering a limit ends nothing: what runs is
-    let finish.
+    held: see `hold`. A VM that wants more slots than a resource has at all takes them all. Lowering a limit ends
+    nothing: what runs is let finish.
     """
 
     def __init__(
