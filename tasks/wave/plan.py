@@ -159,8 +159,9 @@ def _critical(vms: Sequence[Planned], after: Mapping[str, tuple[str, ...]]) -> t
         path.append(last)
         here, seen = last, {each.key for each in path}
         before = [vm for vm in vms if vm.key not in seen and vm.end_s <= here.start_s + 1e-6]
-        near = [vm for vm in before if vm.work.group in after.get(here.work.group, ()) or _share(vm, here)]
-        last = max(near, key=lambda vm: vm.end_s, default=None)
+        groups = after.get(here.work.group, ())
+        near = [vm for vm in before if vm.work.group in groups or _share(vm, here)]
+        last = max(near, key=lambda vm: (vm.end_s, vm.work.group in groups), default=None)
     return tuple(vm.checked.name for vm in reversed(path))
 
 
