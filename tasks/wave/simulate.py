@@ -84,51 +84,74 @@ def simulate(
 
 
 class _Flows:
-    """Transfers under way, and how fast each goes just now."""
+    """Transfers under way, and how fast each goes just now. `left`: bytes by key."""
 
     def __init__(self, bandwidth: Bandwidth) -> None:
         self._bandwidth = bandwidth
         self._work: dict[str, Work] = {}
-        self._on: dict[str, int] = {}
+        self._slots: dict[str, int] = {}  # in use, by resource
+        self._members: dict[str, set[str]] = {}
+        self._rate: dict[str, float] = {}  # as hosts and datastores let it
+        self._stale: set[str] = set()  # whose rate is to be worked out anew
+        self._waits: dict[str, float] = {}  # seconds until the first byte
         self.left: dict[str, float] = {}
-        self._waits: dict[str, float] = {}
 
     def add(self, work: Work) -> None:
         self._work[work.key], self.left[work.key] = work, float(work.bytes)
         self._waits[work.key] = self._bandwidth.start_s
-        for each in work.resources:
-            self._on[each] = self._on.get(each, 0) + work.slots
+        self._changed(work, work.slots)
 
     def advance(self) -> tuple[float, list[str]]:
         """Let time pass until the next transfer begins or ends; return how much, and what ended."""
-        rates = self._rates()
-        step = min(self._waits.get(key, 0.0) or self.left[key] / rates[key] for key in self.left)
+        rate, left, waits = self._rates(), self.left, self._waits
+        moving = [(left[key] / rate[key], key) for key in left if key not in waits]
+        scale = self._scale(sum(rate[key] for _, key in moving))
+        first = min(moving)[0] / scale if moving else float("inf")
+        step = min(first, min(waits.values(), default=first))
         ended = []
-        for key in self.left:
-            if wait := self._waits.get(key, 0.0):
-                self._waits[key] = 0.0 if wait - step < 1e-9 else wait - step
-                continue
-            self.left[key] -= step * rates[key]
-            if self.left[key] < 1:
+        for _, key in moving:
+            left[key] -= step * scale * rate[key]
+            if left[key] < 1:
                 ended.append(key)
+        for key, wait in list(waits.items()):
+            if wait - step < 1e-9:
+                del waits[key]
+            else:
+                waits[key] = wait - step
         for key in ended:
-            del self.left[key], self._waits[key]
-            work = self._work.pop(key)
-            for each in work.resources:
-                self._on[each] -= work.slots
+            self._remove(key)
         return step, ended
+
+    def _remove(self, key: str) -> None:
+        work = self._work.pop(key)
+        del self.left[key], self._rate[key]
+        self._changed(work, -work.slots)
+
+    def _changed(self, work: Work, slots: int) -> None:
+        for each in work.resources:
+            if each != TOTAL and each in self._bandwidth.resources:
+                members = self._members.setdefault(each, set())
+                members.add(work.key) if slots > 0 else members.discard(work.key)
+                self._slots[each] = self._slots.get(each, 0) + slots
+                self._stale |= members
+        if slots > 0:
+            self._stale.add(work.key)
+        else:
+            self._stale.discard(work.key)
 
     def _rates(self) -> dict[str, float]:
         have, cap = self._bandwidth.resources, self._bandwidth.disk
-        share = {each: min(cap, have[each] / self._on[each]) for each in have if self._on.get(each) and each != TOTAL}
-        rates = {
-            key: work.slots * min([cap, *(share[each] for each in work.resources if each in share)])
-            for key, work in self._work.items()
-        }
-        moving = sum(rate for key, rate in rates.items() if not self._waits[key])
-        if TOTAL in have and moving > have[TOTAL]:
-            return {key: rate * have[TOTAL] / moving for key, rate in rates.items()}
-        return rates
+        for key in self._stale:
+            work = self._work[key]
+            shares = (have[each] / self._slots[each] for each in work.resources if each in self._slots)
+            self._rate[key] = work.slots * min([cap, *shares])
+        self._stale = set()
+        return self._rate
+
+    def _scale(self, wanted: float) -> float:
+        """Return which share of the rates all together can have."""
+        most = self._bandwidth.resources.get(TOTAL, wanted)
+        return min(1.0, most / wanted) if wanted else 1.0
 
 
 def bound(
