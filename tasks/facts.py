@@ -46,7 +46,6 @@ class VmFacts(Value):
     consolidation: bool = False
     connected: bool = True
     template: bool = False
-    encrypted: bool = False
     fault_tolerant: bool = False
     tools_run: bool = True
     disabled: tuple[str, ...] = ()

@@ -20,6 +20,7 @@ from tasks.images.files import free_bytes, safe_name
 from tasks.models import DiskJob, DownloadJob, JobOptions, SyncJob, Value, VddkJob
 from tasks.reach import Reached, reach_all
 from tasks.steps import in_thread, on_vcenter
+from tasks.transports.folder import TICKET_BYTES
 from tasks.transports.vddk_library import find_library
 from tasks.transports.vixdisklib_abi import SERVES
 from tasks.vsphere.changes import blind_tracking
@@ -178,8 +179,6 @@ def _of_the_vm(fact: VmFacts, candidate: Candidate) -> Iterator[Finding]:
         yield _no_go("template", "it is a template, of which no snapshot is made", "Convert it to a VM, or clone one")
     if fact.fault_tolerant:
         yield _no_go("fault-tolerance", "fault tolerance is on, under which no snapshot is made", "Turn it off first")
-    if fact.encrypted:
-        yield _no_go("encrypted", "its files are encrypted by vSphere", "Decrypt the VM (storage policy) first")
     if off := [each for each in SNAPSHOT_CALLS if each in fact.disabled]:
         remedy = "Wait for the backup or migration that is at work, or enable the method (KB 2008957) if none is"
         yield _no_go("disabled-method", f"vSphere has {', '.join(off)} switched off for it", remedy)
@@ -305,7 +304,8 @@ def _of_the_host(vcenter: VCenter, fact: VmFacts, candidate: Candidate, here: He
         remedy = "Take an older library (--vddk-libdir)"
         reason = f"VDDK {here.vddk} is for vSphere {SERVES[here.vddk]} and newer, and {host.name} runs {host.version}"
         yield _no_go("vddk-version", reason, remedy)
-    if answer and (vddk or vcenter.host_tickets):
+    large = any(disk.capacity_bytes >= TICKET_BYTES for disk in fact.disks)
+    if answer and (vddk or (large and vcenter.host_tickets)):
         yield from _of_reaching(answer, vddk)
 
 

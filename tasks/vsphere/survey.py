@@ -16,7 +16,6 @@ from tasks.vsphere.properties import PAGE_OBJECTS, ancestors, pages_of, retrieve
 from tasks.vsphere.session import Session
 
 _MORE = (
-    "config.keyId",
     "config.template",
     "datastore",
     "disabledMethod",
@@ -117,7 +116,6 @@ def _facts(
         consolidation=needs_consolidation(found),
         connected=str(found.get("runtime.connectionState", "connected")) == "connected",
         template=bool(found.get("config.template")),
-        encrypted=bool(found.get("config.keyId")),
         fault_tolerant=str(found.get("runtime.faultToleranceState", "notConfigured")) != "notConfigured",
         tools_run=found.get("guest.toolsRunningStatus") == _TOOLS_RUN,
         disabled=tuple(found.get("disabledMethod") or ()),

@@ -153,6 +153,10 @@ def test_a_wave_that_was_killed_is_gone_on_with_and_nothing_runs_twice(wave_flee
     await_that(lambda: wave_fleet.ended(wave) >= 6, WAVE_TIMEOUT_S, lambda: "no progress" + product.logs())
     kill_run(wave)
     wave_fleet.await_end(wave, "Crashed")
+    reported = (
+        "infrastructure exited"  # the worker's own word, which comes after the runner's, over a run retried by then
+    )
+    await_that(lambda: reported in product.api(f"flow_runs/{wave}")["state"]["message"], 90, product.logs)
     wave_fleet.retry(wave)
     failed = wave_fleet.await_end(wave, "Failed")
     assert "37 of 40 VMs are done; 1 failed, 2 refused" in failed["state"]["message"], failed["state"]["message"]
