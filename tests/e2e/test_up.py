@@ -195,7 +195,15 @@ def test_nothing_of_this_machine_is_baked_into_the_deployment(product: Product) 
     assert str(ROOT) not in json.dumps(deployment)
 
 
-@pytest.mark.parametrize(("name", "known"), [("export", "options.boot.expect"), ("boot-check", "options.folder")])
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("export", "options.boot.expect"),
+        ("boot-check", "options.folder"),
+        ("preflight", "options.select"),
+        ("migration-wave", "wave.window.stop"),
+    ],
+)
 def test_every_field_of_a_form_explains_itself(product: Product, name: str, known: str) -> None:
     schema = product.deployment(name)["parameter_openapi_schema"]
     fields = dict(fields_of(schema, schema["definitions"]))
