@@ -30,7 +30,7 @@ def tags_of(session: Session, wanted: Collection[str]) -> dict[str, tuple[str, .
                 raise InvalidInput(what=f"tag {name!r}", why="the vCenter has none of that name", remedy="Name another")
             for tag in ids[name]:
                 path = f"{TAGGING}/tag-association/id:{tag}?~action=list-attached-objects"
-                for each in _value(client.post(path), session):
+                for each in _value(client.post(path, json={}), session):
                     if each.get("type") == "VirtualMachine":
                         found.setdefault(each["id"], []).append(name)
     return {moref: tuple(dict.fromkeys(names)) for moref, names in found.items()}
