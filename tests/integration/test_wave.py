@@ -43,15 +43,23 @@ async def carry_out(lab: Lab, folder: Path, **wave: Any) -> WaveReport:
     return report
 
 
+def rows_of(file: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
+def names_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
 async def test_a_dry_run_plans_every_vm_and_starts_nothing(small_fleet: Lab, tmp_path: Path) -> None:
     small_fleet.post("/stats/reset")
     report = await carry_out(small_fleet, tmp_path, dry_run=True)
     assert report.dry_run and [vm.outcome for vm in report.vms].count("refused") == REFUSED
     stats = small_fleet.stats()
     assert (stats["bytes_served"], stats["soap_calls"].get("CreateSnapshot_Task", 0)) == (0, 0)
-    rows = list(csv.DictReader(report.plan_csv.read_text().splitlines()))
+    rows = rows_of(report.plan_csv)
     assert [row["go"] for row in rows].count("no-go") == REFUSED and float(rows[0]["end_s"]) > 0
-    assert [path.name for path in tmp_path.iterdir()] == [report.plan_csv.name]
+    assert names_in(tmp_path) == [report.plan_csv.name]
 
 
 async def test_groups_go_in_order_and_limits_of_prefect_hold(small_fleet: Lab, tmp_path: Path) -> None:

@@ -46,6 +46,9 @@ EXAMPLES = {
     errors.DiskFull: {"path": "/data", "need": 10, "have": 5},
     errors.BootFailed: {"domain": "web", "recognised": "No bootable device.", "folder": "/data/web"},
     errors.BootUnproven: {"domain": "web", "recognised": "nothing was recognised", "folder": "/data/web"},
+    errors.PreflightRefused: {"count": 1, "all": 2, "names": "web"},
+    errors.WaveIncomplete: {"wave": "one", "done": 1, "all": 2, "rest": "1 failed"},
+    errors.NotApproved: {"what": "plan of wave one", "why": ": not today"},
     errors.ToolMissing: {"tool": "virt-qemu-run", "purpose": "to look", "package": "libvirt-daemon-driver-qemu"},
     errors.ToolFailed: {"argv": ("qemu-img", "convert"), "status": 1, "last_lines": ("no such file",)},
 }
