@@ -10,11 +10,12 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 # libvirt-clients: virsh. gcc, libc6-dev and libssl-dev: the lab's stand-in for VDDK. The rest judges the lab from outside, or draws the UI.
 # Debian's own Python comes without venv, which is a package of its own there.
 APT := qemu-utils util-linux mtools libvirt-clients gcc libc6-dev libssl-dev $(shell python3 -c 'import venv, ensurepip' 2>/dev/null || echo python3-venv)
-APT_TEST := libxml2-utils openssl procps curl e2fsprogs fdisk mount
+# The last four: sources for the roads nbd and ssh.
+APT_TEST := libxml2-utils openssl procps curl e2fsprogs fdisk mount nbdkit busybox openssh-client openssh-server
 # What a boot check needs; chromium draws the UI; GRUB is for guests made here; the rest is a libvirtd of the test's own.
 APT_BOOT := qemu-system-x86 libvirt-daemon-driver-qemu ovmf
 APT_E2E := $(APT_BOOT) chromium grub-common iproute2 libvirt-daemon swtpm swtpm-tools
-APT_BENCH := nginx-light libnbd-bin nbdkit postgresql
+APT_BENCH := nginx-light libnbd-bin postgresql
 
 .PHONY: help setup setup-test setup-e2e demo test lint format e2e soak bench lab up down clean constraints cassettes
 
@@ -29,12 +30,13 @@ setup-e2e: setup-test build/.apt-e2e
 
 # ── set-up, each a stamp ─────────────────────────────────────────────────────────────────────────────
 
+# SYSTEMD_OFFLINE: no service of a package is started for it; those of the tests are their own.
 define apt_install
 	@mkdir -p build
 	@missing=$$(for p in $(1); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
 	if [ -n "$$missing" ]; then echo "installing" $$missing; \
 	  $(SUDO) apt-get update -q >build/apt.log 2>&1 && \
-	  DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -q -y --no-install-recommends $$missing >>build/apt.log 2>&1 \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive SYSTEMD_OFFLINE=1 apt-get install -q -y --no-install-recommends $$missing >>build/apt.log 2>&1 \
 	  || { tail -20 build/apt.log; echo "apt-get failed: install $$missing yourself"; exit 1; }; fi
 	@touch $@
 endef

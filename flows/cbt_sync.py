@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 
 from prefect import flow
@@ -9,12 +10,12 @@ from prefect import flow
 from blocks import VCenter
 from flows.export import copy_whole
 from tasks.describe import describe_domain
-from tasks.disks import Choice, copyable_disks
+from tasks.disks import Choice, check_flat, copyable_disks
 from tasks.errors import TrackingOff
 from tasks.images.base import base_of, paired
-from tasks.images.state import discard, write_state
+from tasks.images.state import discard
 from tasks.job import Job, job_at_work
-from tasks.models import Manifest, SyncJob
+from tasks.models import Manifest, Roads, Snapshot, SyncJob, Value, VirtualDisk
 from tasks.probe import probe
 from tasks.report import manifest_of
 from tasks.snapshot import check_snapshot, point_in_time
@@ -48,26 +49,44 @@ async def cbt_sync(vcenter: VCenter, options: SyncJob) -> Manifest:
             await enable_tracking(vcenter, job.vm, job.snapshot_name)
         base = base_of(job.folder)
         if base is None:
-            return await copy_whole(vcenter, job, options, None, Choice())
+            return await copy_whole(vcenter, job, options, Roads(), Choice())
         return await _brought_up_to_date(vcenter, job, base, options)
 
 
 async def _brought_up_to_date(vcenter: VCenter, job: Job, base: Manifest, options: SyncJob) -> Manifest:
     """Return the manifest of the copy as of a new point in time, of all its disks at once."""
-    vm, folder, name, give_up = job.vm, job.folder, job.snapshot_name, partial(discard, job.folder)
-    # Never a snapshot of a run before: from the manifest's changeId on, one of now costs hardly more.
-    async with point_in_time(vcenter, vm, options, name=name, before=None, give_up=give_up) as snapshot:
-        disks = await copyable_disks(vcenter, job.server, vm, snapshot, Choice())
-        pairs = paired(folder, base, vm, disks)
-        state = job.state(snapshot, disks)
-        await probe(vcenter, state)
-        write_state(folder, state)
-        skip = options.skip_readback
-        calls = [partial(sync_disk, vcenter, state, pair, folder, skip_readback=skip) for pair in pairs]
-        synced = await side_by_side(calls, at_once=options.parallel_disks)
-        await check_snapshot(vcenter, vm, snapshot, disks)
-        images = tuple(sorted((each.image for each in synced), key=lambda image: image.index))
-        domain, xml = await describe_domain(state, images, folder, options)
-        manifest = manifest_of(vcenter, state, images, domain, quiesce=options.quiesce)
-        await commit_sync(manifest, synced, folder, xml)
-        return manifest
+    give_up, name = partial(discard, job.folder), job.snapshot_name
+    # Never a snapshot of a run before: from the manifest's changeId on, one of now costs hardly more. So no state is
+    # written either, and a run that was killed keeps none: `clean_up` removes its snapshot.
+    async with point_in_time(vcenter, job.vm, options, name=name, before=None, give_up=give_up) as snapshot:
+        return (await sync_to(vcenter, job, snapshot, base, options)).manifest
+
+
+class SyncedCopy(Value):
+    """A copy as of a new point in time: its manifest, the source's disks there, how many seconds fetching took."""
+
+    manifest: Manifest
+    disks: tuple[VirtualDisk, ...]
+    transfer_s: float
+
+
+async def sync_to(
+    vcenter: VCenter, job: Job, snapshot: Snapshot | None, base: Manifest, options: SyncJob
+) -> SyncedCopy:
+    """Bring the copy of a job up to `snapshot`, which stands meanwhile; it counts on return."""
+    vm, folder = job.vm, job.folder
+    disks = await copyable_disks(vcenter, job.server, vm, snapshot, Choice())
+    check_flat(disks, snapshot)
+    pairs = paired(folder, base, vm, disks)
+    state = job.state(snapshot, disks)
+    await probe(vcenter, state)
+    calls = [partial(sync_disk, vcenter, state, pair, folder, skip_readback=options.skip_readback) for pair in pairs]
+    started = time.monotonic()
+    synced = await side_by_side(calls, at_once=options.parallel_disks)
+    transfer_s = time.monotonic() - started
+    await check_snapshot(vcenter, vm, snapshot, disks)
+    images = tuple(sorted((each.image for each in synced), key=lambda image: image.index))
+    domain, xml = await describe_domain(state, images, folder, options)
+    manifest = manifest_of(vcenter, state, images, domain, quiesce=options.quiesce)
+    await commit_sync(manifest, synced, folder, xml)
+    return SyncedCopy(manifest=manifest, disks=disks, transfer_s=transfer_s)

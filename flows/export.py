@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prefect import flow
 
-from blocks import VCenter
+from blocks import ESXiHost, NbdSource, VCenter, VddkToolkit
 from tasks.boot import check_boot, proven
 from tasks.convert import land
 from tasks.define import check_definable, define
@@ -18,10 +18,10 @@ from tasks.images.files import allocated_bytes
 from tasks.images.output import DiskFiles, give_up, refuse_existing
 from tasks.images.state import JobState, discard, read_state, write_state
 from tasks.job import Job, job_at_work
-from tasks.models import DiskJob, ExportJob, Manifest, VddkSettings
-from tasks.probe import probe
+from tasks.models import DiskJob, ExportJob, Manifest, Roads
 from tasks.report import commit, manifest_of
-from tasks.road import vddk_of
+from tasks.road import road_of
+from tasks.route import Means, chains, on_a_road, roads_for
 from tasks.snapshot import check_snapshot, drop_snapshot, kept_if_interrupted, point_in_time
 from tasks.steps import check_room, side_by_side
 from tasks.succession import clean_up
@@ -35,7 +35,13 @@ from tasks.transfer import transfer
     on_crashed=[clean_up],
     on_failure=[clean_up],
 )
-async def export_vm(vcenter: VCenter, options: ExportJob) -> Manifest:
+async def export_vm(
+    vcenter: VCenter,
+    options: ExportJob,
+    toolkit: VddkToolkit | None = None,
+    nbd_source: NbdSource | None = None,
+    esxi_host: ESXiHost | None = None,
+) -> Manifest:
     """Copy a VM's disks out of vSphere and land them, verified, as images that KVM starts from.
 
     A snapshot freezes the VM, each disk is read by the road chosen, the snapshot is removed whatever happens,
@@ -47,13 +53,16 @@ async def export_vm(vcenter: VCenter, options: ExportJob) -> Manifest:
     Args:
         vcenter: Where the VM is now: a saved vCenter, or a new one through Add.
         options: Which VM to export, where to, and how.
+        toolkit: For the transports vddk and auto: where VMware's VDDK lies on the worker's machine.
+        nbd_source: For the transports nbd and auto: the server, or the command, that disks are read from.
+        esxi_host: For the transports ssh and auto: the host that has the disks' files.
     """
-    vddk = vddk_of(options)
+    roads = roads_for(options, Means(toolkit=toolkit, nbd_source=nbd_source, esxi_host=esxi_host))
     async with job_at_work(vcenter, options) as job:
         if options.boot_check:
             need_tools(uefi=job.vm.firmware == "efi")
         await check_definable(job.vm, job.folder, options)
-        manifest = await copy_whole(vcenter, job, options, vddk, Choice(vddk=vddk is not None))
+        manifest = await copy_whole(vcenter, job, options, roads, Choice())
         if options.boot_check:
             proven(await check_boot(job.folder, options.boot), job.folder)
         if options.define:
@@ -61,15 +70,13 @@ async def export_vm(vcenter: VCenter, options: ExportJob) -> Manifest:
         return manifest
 
 
-async def copy_whole(
-    vcenter: VCenter, job: Job, options: DiskJob, vddk: VddkSettings | None, choice: Choice
-) -> Manifest:
+async def copy_whole(vcenter: VCenter, job: Job, options: DiskJob, roads: Roads, choice: Choice) -> Manifest:
     """Return the manifest of a job of which nothing, or parts only, are here, once every disk chosen is."""
-    state = await _arrived(vcenter, job, options, vddk, choice)
+    state = await _arrived(vcenter, job, options, roads, choice)
     return await _landed(vcenter, state, job.folder, options)
 
 
-async def _arrived(vcenter: VCenter, job: Job, options: DiskJob, vddk: VddkSettings | None, choice: Choice) -> JobState:
+async def _arrived(vcenter: VCenter, job: Job, options: DiskJob, roads: Roads, choice: Choice) -> JobState:
     """Return the job's state once every disk chosen lies here as a part, copied now or by an earlier run."""
     vm, folder, name = job.vm, job.folder, job.snapshot_name
     state = read_state(folder)
@@ -81,34 +88,40 @@ async def _arrived(vcenter: VCenter, job: Job, options: DiskJob, vddk: VddkSetti
         await drop_snapshot(vcenter, vm, name)
         return state
     before, forget = state.snapshot if state else None, partial(discard, folder)
-    async with point_in_time(vcenter, vm, options, name=name, before=before, give_up=forget) as snapshot:
+    frozen = point_in_time(vcenter, vm, options, name=name, before=before, give_up=forget, chains=chains(roads))
+    async with frozen as snapshot:
         there = await copyable_disks(vcenter, job.server, vm, snapshot, choice)
-        disks, arriving = choice.of(there), options.arrival_format
-        parts = {disk: DiskFiles(folder, disk.index) for disk in disks}
-        room = {disk: disk.capacity_bytes - allocated_bytes(files.part(arriving)) for disk, files in parts.items()}
-        # what is allocated, and only that is read, VDDK says later
-        sure = [] if options.overcommit or vddk else [disk for disk in disks if not disk.thin]
-        check_room(
-            folder,
-            sure_bytes=sum(max(0, room[disk]) for disk in sure),
-            most_bytes=sum(max(0, left) for left in room.values()),
-        )
-        left_out = tuple(disk.title for disk in there if disk not in disks)
+        disks = choice.of(there)
         chosen = {
             "digest": options.digest,
             "tracked": options.tracked,
             "selection": choice.words,
-            "left_out": left_out,
-            "vddk": vddk,
+            "left_out": tuple(disk.title for disk in there if disk not in disks),
         }
         state = job.state(snapshot, disks).model_copy(update=chosen)
-        await probe(vcenter, state)
-        write_state(folder, state)
-        calls = [partial(transfer, vcenter, state, disk, files, arriving) for disk, files in parts.items()]
-        arrivals = await side_by_side(calls, at_once=options.parallel_disks)
-        await check_snapshot(vcenter, vm, snapshot, disks)
-        state = state.model_copy(update={"arrivals": tuple(arrivals)})
-        write_state(folder, state)
+        async with on_a_road(vcenter, state, roads) as state:
+            state = await _transferred(vcenter, state, folder, options)
+    return state
+
+
+async def _transferred(vcenter: VCenter, state: JobState, folder: Path, options: DiskJob) -> JobState:
+    """Return the state of a job whose road is known, once its disks lie here as parts of one point in time."""
+    arriving = options.arrival_format
+    parts = {disk: DiskFiles(folder, disk.index) for disk in state.disks}
+    room = {disk: disk.capacity_bytes - allocated_bytes(files.part(arriving)) for disk, files in parts.items()}
+    # a sparse road says later what is allocated, and reads only that
+    sure = [] if options.overcommit or road_of(state).sparse else [disk for disk in state.disks if not disk.thin]
+    check_room(
+        folder,
+        sure_bytes=sum(max(0, room[disk]) for disk in sure),
+        most_bytes=sum(max(0, left) for left in room.values()),
+    )
+    write_state(folder, state)
+    calls = [partial(transfer, vcenter, state, disk, files, arriving) for disk, files in parts.items()]
+    arrivals = await side_by_side(calls, at_once=options.parallel_disks)
+    await check_snapshot(vcenter, state.vm, state.snapshot, state.disks)
+    state = state.model_copy(update={"arrivals": tuple(arrivals)})
+    write_state(folder, state)
     return state
 
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,7 +19,7 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.logging import get_run_logger
 from prefect.runtime import deployment, flow_run
 
-from blocks import MigrationWave, VCenter, VddkToolkit
+from blocks import MigrationWave, VCenter
 from flows.run import flow_for
 from tasks import limits
 from tasks.children import (
@@ -32,14 +33,17 @@ from tasks.children import (
     log_started,
     no_deployment,
     reference,
+    references,
     say_state,
     tag_of,
 )
 from tasks.errors import InvalidInput, VddkOutOfMemory, WaveIncomplete
+from tasks.models import ExportOptions
 from tasks.plan import key_of, learn, make_plan, show_plan
 from tasks.steps import quietly
 from tasks.wave.course import Course
 from tasks.wave.governor import Governor
+from tasks.wave.jobs import BESIDE
 from tasks.wave.models import Wave
 from tasks.wave.outcome import WaveReport
 from tasks.wave.parse import loaded
@@ -115,10 +119,15 @@ async def _runner(vcenter: VCenter, plan: Plan, *, on_workers: bool) -> Runner:
         if plan.wave.approve_plan or plan.wave.approve_after_canary or any(each.approve for each in plan.wave.groups):
             why = "somebody is to approve, in the Prefect UI, and this wave does not run on workers"
             raise InvalidInput(what="approval", why=why, remedy="Run the deployment migration-wave")
-        return InThisProcess(lambda vm: flow_for(vm.member.mode, vcenter, vm.job(), vm.member.options))
-    names = {str(vm.member.options["toolkit"]) for vm in plan.vms if vm.member.options.get("toolkit")}
-    toolkits = {name: reference(await VddkToolkit.aload(name)) for name in names}
-    return OnWorkers(plan, flow_run.get_id() or "", vcenter, toolkits)
+        return InThisProcess(lambda vm: flow_for(vm.member.mode, vcenter, vm.job(), _as_options(vm)))
+    return OnWorkers(plan, flow_run.get_id() or "", vcenter, await references(plan.vms))
+
+
+def _as_options(vm: Planned) -> ExportOptions:
+    """Return what a VM's options say of roads that need more than the mode's own options."""
+    known = ExportOptions.model_fields.keys() & set(BESIDE)
+    more = {key: value for key, value in vm.member.options.items() if key in known}
+    return ExportOptions(vm_name=vm.member.vm.path, output_dir=Path(vm.member.output_dir), **more)
 
 
 async def _begun(plan: Plan, runner: Runner) -> Course:

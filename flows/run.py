@@ -10,7 +10,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,7 +20,7 @@ from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from tasks.errors import PrefectUnreachable
-from tasks.models import ExportOptions, JobOptions, VddkJob
+from tasks.models import ExportJob, ExportOptions, JobOptions, VddkJob
 from tasks.process import dying_with_us
 
 if TYPE_CHECKING:
@@ -34,24 +34,33 @@ T = TypeVar("T")
 
 def flow_of(options: ExportOptions, vcenter: VCenter) -> Callable[[], Awaitable[Any]]:
     """Return the flow of the mode that the options name, ready to be called. Raises NotBuilt, InvalidInput."""
-    return flow_for(options.export_mode, vcenter, options.job(), {"vddk_libdir": options.vddk_libdir})
+    return flow_for(options.export_mode, vcenter, options.job(), options)
 
 
-def flow_for(mode: str, vcenter: VCenter, job: JobOptions, more: Mapping[str, Any]) -> Callable[[], Awaitable[Any]]:
-    """Return the flow of a mode, ready to be called. more: `vddk_libdir` counts, for a mode that needs VDDK."""
+def flow_for(mode: str, vcenter: VCenter, job: JobOptions, options: ExportOptions) -> Callable[[], Awaitable[Any]]:
+    """Return the flow of a mode, ready to be called. options: say what roads need beside the mode's own options."""
     from blocks import VddkToolkit
     from flows.cbt_sync import cbt_sync
     from flows.download_only import download_only
     from flows.export import export_vm
+    from flows.means import road_blocks, saved_blocks
     from flows.vddk_download import vddk_download
+    from flows.warm_migration import warm_migration
 
     if isinstance(job, VddkJob):
-        toolkit = VddkToolkit(libdir=more.get("vddk_libdir", ""))
+        toolkit = VddkToolkit(libdir=options.vddk_libdir)
         return partial(vddk_download, vcenter=vcenter, toolkit=toolkit, options=job)
+    if isinstance(job, ExportJob):
+        given = road_blocks(options)
+
+        async def export() -> Any:
+            return await export_vm(vcenter=vcenter, options=job, **(given | await saved_blocks(options)))
+
+        return export
     flows: dict[str, Callable[..., Awaitable[Any]]] = {
-        "export": export_vm,
         "download_only": download_only,
         "cbt_sync": cbt_sync,
+        "warm_migration": warm_migration,
     }
     return partial(flows[mode], vcenter=vcenter, options=job)
 

@@ -8,8 +8,8 @@ from blocks import VCenter, VddkToolkit
 from flows.export import copy_whole
 from tasks.disks import Choice
 from tasks.job import job_at_work
-from tasks.models import Manifest, VddkJob
-from tasks.road import usable
+from tasks.models import Manifest, Roads, VddkJob
+from tasks.route import usable
 from tasks.succession import clean_up
 
 
@@ -32,7 +32,7 @@ async def vddk_download(vcenter: VCenter, toolkit: VddkToolkit, options: VddkJob
         toolkit: Where VMware's VDDK lies on the worker's machine: a saved one, or a new one through Add.
         options: Which disk of which VM, and where to.
     """
-    vddk = usable(toolkit.settings())
-    choice = Choice(wanted=options.disk, all=options.all_disks, vddk=True)
+    roads = Roads(candidates=(usable(toolkit.settings()),))
+    choice = Choice(wanted=options.disk, all=options.all_disks)
     async with job_at_work(vcenter, options) as job:
-        return await copy_whole(vcenter, job, options, vddk, choice)
+        return await copy_whole(vcenter, job, options, roads, choice)

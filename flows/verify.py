@@ -11,7 +11,7 @@ from prefect import flow
 
 from blocks import VCenter
 from tasks.connect import connected
-from tasks.disks import Choice, copyable_disks
+from tasks.disks import Choice, check_flat, copyable_disks
 from tasks.errors import InvalidInput, SnapshotChanged, SourceChanged
 from tasks.images.dirty import refuse_torn
 from tasks.images.job import nobody_at_work
@@ -94,6 +94,7 @@ async def _sample(vcenter: VCenter, manifest: Manifest, folder: Path, options: V
         snapshot = await snapshot_of_copy(vcenter, vm, manifest)
         try:
             disks = await copyable_disks(vcenter, server, vm, snapshot, Choice())
+            check_flat(disks, snapshot)
             disks = await source_disks(vcenter, vm, manifest, snapshot, disks)
             sampled = [
                 await sample_disk(vcenter, vm, disk, image, folder, count=options.sample, seed=seed)

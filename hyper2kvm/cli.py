@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from hyper2kvm import __version__, fleet
 from hyper2kvm.settings import Settings, password_from
-from hyper2kvm.terminal import Board, boot_line, show_error, show_verification, stderr, stdout, summary
+from hyper2kvm.terminal import Board, boot_line, show_error, show_verification, stderr, stdout, summary, vm_of
 from tasks.errors import Hyper2KvmError, IntegrityMismatch, InvalidInput
 from tasks.images.boot import need_tools
 from tasks.images.boot_domain import boots_by_uefi, read_domain
@@ -34,16 +34,24 @@ from tasks.models import (
     BootCheck,
     BootJob,
     DownloadManifest,
-    ExportJob,
     ExportOptions,
     Manifest,
+    Migration,
+    RollbackJob,
+    StartableJob,
     Verification,
     VerifyJob,
 )
 from tasks.text import one_line
 
-MODES = {"export-vm": "export", "download-vm": "download_only", "vddk-export": "vddk_download", "cbt-sync": "cbt_sync"}
-ACTIONS = (*MODES, "verify", "boot-check", "preflight", "wave", "list-vms")
+MODES = {
+    "export-vm": "export",
+    "download-vm": "download_only",
+    "vddk-export": "vddk_download",
+    "cbt-sync": "cbt_sync",
+    "warm-migrate": "warm_migration",
+}
+ACTIONS = (*MODES, "rollback", "verify", "boot-check", "preflight", "wave", "list-vms")
 STOPPING = "Stopping: the transfer ends, then the snapshot is removed"
 INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
 
@@ -111,7 +119,28 @@ def vsphere(
     sample: int = 64,
     seed: int = 0,
     enable_cbt: Annotated[bool, Parameter(negative=())] = False,
+    cutover: str = "none",
+    cutover_at: str = "",
+    downtime_budget: float = 60,
+    shut_down_source: Annotated[bool, Parameter(negative=())] = False,
+    power_off_source: Annotated[bool, Parameter(negative=())] = False,
+    shutdown_timeout: float = 300,
+    expected_shutdown: float = 0,
+    rename_source: str = "",
+    disconnect_source: Annotated[bool, Parameter(negative=())] = False,
+    pause: float = 60,
+    convert_to: str = "",
     vddk_libdir: Path | None = None,
+    nbd_uri: str = "",
+    nbd_command: str = "",
+    nbd_ca_file: Path | None = None,
+    nbd_source: str = "",
+    esxi_host: str = "",
+    esxi_user: str = "root",
+    esxi_host_key: str = "",
+    esxi_key_file: Path | None = None,
+    esxi_password_file: Path | None = None,
+    esxi_block: str = "",
     vddk_disk: str = "",
     all_disks: Annotated[bool, Parameter(negative=())] = False,
     wave: Path | None = None,
@@ -126,10 +155,11 @@ def vsphere(
     Parameters
     ----------
     what
-        With list-vms and preflight: a pattern, only VMs whose name or inventory path matches. With verify and
-        boot-check: the folder of a copy.
+        With list-vms and preflight: a pattern, only VMs whose name or inventory path matches. With verify, boot-check
+        and rollback: the folder of a copy.
     vs_action
-        export-vm, download-vm, vddk-export, cbt-sync, verify, boot-check, preflight, wave or list-vms.
+        export-vm, download-vm, vddk-export, cbt-sync, warm-migrate, rollback, verify, boot-check, preflight, wave or
+        list-vms.
     vcenter
         Name or address; host:port is understood. boot-check needs none, verify only with --against-source.
     username
@@ -149,11 +179,12 @@ def vsphere(
     output_dir
         Folder in which one named after the VM is made.
     format
-        qcow2 (default; raw with cbt-sync) or raw, written as the bytes arrive; vmdk, vdi or vhdx, converted afterwards.
+        qcow2 (default; raw with cbt-sync and warm-migrate) or raw, written as the bytes arrive; vmdk, vdi or vhdx,
+        converted afterwards.
     compression
         Of qcow2, in a second pass: none, zstd or zlib.
     transport
-        Road of the disks' bytes: auto, folder or vddk.
+        Road of the disks' bytes: auto, vddk, nbd, folder or ssh.
     limit_rate
         Bytes a second that the whole run takes at most, such as 60MiB.
     digest
@@ -207,13 +238,55 @@ def vsphere(
     against_source
         With verify: also read a random sample of each disk at the source, while it still holds what was copied.
     sample
-        With --against-source: leaves of 256 KiB to read of each disk.
+        With --against-source, and with warm-migrate in each round: leaves of 256 KiB to read of each disk.
     seed
         With --against-source: of the sample, to read the same one again; 0 is another each time.
     enable_cbt
-        With cbt-sync: switch changed block tracking on where it is off.
+        With cbt-sync and warm-migrate: switch changed block tracking on where it is off.
+    cutover
+        With warm-migrate: none, auto (as soon as the forecast fits), at (a time) or approval (in Prefect's UI).
+    cutover_at
+        When the cutover begins, with its time zone: 2026-05-01T02:00:00+02:00.
+    downtime_budget
+        Seconds that the VM may be down.
+    shut_down_source
+        The cutover may shut the source's guest down; there is none without this.
+    power_off_source
+        It may be powered off as if its plug were pulled, where its guest does not shut down or has no VMware Tools.
+    shutdown_timeout
+        Seconds that the guest is given to shut down.
+    expected_shutdown
+        Seconds that it will take, for the forecast; 0: as long as it took before, by the vCenter's events.
+    rename_source
+        Suffix that the source's name gets at the cutover.
+    disconnect_source
+        At the cutover, have the source's network cards not connect any more.
+    pause
+        Seconds between rounds.
+    convert_to
+        What the domain starts from: a copy as qcow2, raw, vmdk or vdi; else an overlay on the copy.
     vddk_libdir
-        Folder of VMware's unpacked VDDK; looked for where it usually is, if not said.
+        Folder of VMware's unpacked VDDK; else VDDK_LIBDIR, else looked for where it usually is.
+    nbd_uri
+        For the road nbd: URI of a server, with blanks ({moref}, {number}, …) that are filled for a disk.
+    nbd_command
+        For the road nbd, instead: a command that serves NBD on stdin and stdout, or on {socket}; with blanks.
+    nbd_ca_file
+        PEM file of the CAs that an nbds:// server is believed by.
+    nbd_source
+        For the road nbd, instead: name of a saved NBD Source.
+    esxi_host
+        For the road ssh: the ESXi host that has the disks' files; host:port is understood.
+    esxi_user
+        Account there.
+    esxi_host_key
+        The host's key, pinned: SHA256:… or a public key.
+    esxi_key_file
+        File of a private key that the host knows.
+    esxi_password_file
+        File whose text is the account's password, or the private key's.
+    esxi_block
+        For the road ssh, instead: name of a saved ESXi Host.
     vddk_disk
         With vddk-export: key, label or number of the disk; else the only one, or the first.
     all_disks
@@ -261,7 +334,29 @@ def vsphere(
         "boot_expect": boot_expect,
         "boot_accelerator": boot_accelerator,
         "enable_cbt": enable_cbt,
+        "cutover": cutover,
+        "cutover_at": cutover_at,
+        "downtime_budget": downtime_budget,
+        "shut_down_source": shut_down_source,
+        "power_off_source": power_off_source,
+        "shutdown_timeout": shutdown_timeout,
+        "expected_shutdown": expected_shutdown,
+        "rename_source": rename_source,
+        "disconnect_source": disconnect_source,
+        "pause": pause,
+        "convert_to": convert_to,
+        "sample": sample,
         "vddk_libdir": vddk_libdir,
+        "nbd_uri": nbd_uri,
+        "nbd_command": nbd_command,
+        "nbd_ca_file": nbd_ca_file,
+        "nbd_source": nbd_source,
+        "esxi_host": esxi_host,
+        "esxi_user": esxi_user,
+        "esxi_host_key": esxi_host_key,
+        "esxi_key_file": esxi_key_file,
+        "esxi_password_file": esxi_password_file,
+        "esxi_block": esxi_block,
         "disk": vddk_disk,
         "all_disks": all_disks,
     }
@@ -290,6 +385,9 @@ def vsphere(
             folder = Path(_given("The folder", what, vs_action)).absolute()
             job = VerifyJob(folder=folder, against_source=against_source, sample=sample, seed=seed)
             return _verify(job, settings() if against_source else None, json=json)
+        if vs_action == "rollback":
+            folder = Path(_given("The folder", what, vs_action)).absolute()
+            return _rollback(RollbackJob(folder=folder), settings(), json=json)
         if vs_action == "boot-check":
             boot = {"timeout_s": boot_timeout, "expect": boot_expect, "accelerator": boot_accelerator}
             folder = Path(_given("The folder", what, vs_action)).absolute()
@@ -339,7 +437,7 @@ def _run_mode(options: ExportOptions, settings: Settings, *, json: bool) -> int:
     job = options.job()  # what cannot be done is refused before anything is loaded
     started = time.monotonic()
 
-    def flow() -> FlowCall[Manifest | DownloadManifest]:
+    def flow() -> FlowCall[Manifest | DownloadManifest | Migration]:
         from flows.run import flow_of
 
         return flow_of(options, settings.vcenter())
@@ -351,10 +449,26 @@ def _run_mode(options: ExportOptions, settings: Settings, *, json: bool) -> int:
         console = stdout()
         for line in summary(manifest, job, time.monotonic() - started):
             console.print(one_line(line))
-        if isinstance(job, ExportJob) and job.boot_check:
+        if isinstance(job, StartableJob) and job.boot_check:
             from tasks.boot import last_check
 
-            console.print(boot_line(last_check(job.output_dir / safe_name(manifest.vm.name))))
+            console.print(boot_line(last_check(job.output_dir / safe_name(vm_of(manifest).name))))
+    return 0
+
+
+def _rollback(job: RollbackJob, settings: Settings, *, json: bool) -> int:
+    """Put the source of a migration back, and print what that took."""
+
+    def flow() -> FlowCall[tuple[str, ...]]:
+        from flows.rollback import rollback
+
+        return partial(rollback, vcenter=settings.vcenter(), options=job)
+
+    done = _shown(flow, stopping="Stopping: what is undone by then stays undone")
+    if json:
+        print(jsonlib.dumps({"folder": str(job.folder), "done": done}))
+    else:
+        stdout().print(one_line(f"The source is put back: {', '.join(done) or 'nothing was done to it'}"))
     return 0
 
 

@@ -10,7 +10,7 @@ from pydantic import SecretStr
 from flows.run import flow_of, run_flow
 from flows.verify import verify_copy
 from hyper2kvm.settings import Settings, password_from
-from tasks.models import CONNECTIONS, DownloadManifest, ExportOptions, Manifest, Verification, VerifyJob
+from tasks.models import CONNECTIONS, DownloadManifest, ExportOptions, Manifest, Migration, Verification, VerifyJob
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +52,17 @@ class VMwareClient:
             host_tickets=host_tickets,
         )
 
-    async def async_export_vm(self, options: ExportOptions) -> Manifest | DownloadManifest:
+    async def async_export_vm(self, options: ExportOptions) -> Manifest | DownloadManifest | Migration:
         """Run the flow of `options.export_mode` and return its manifest; raise classes of `tasks.errors`.
 
         A mode or transport that is not built yet is refused with NotBuilt before anything is connected.
         """
-        manifest: Manifest | DownloadManifest = await run_flow(flow_of(options, self._settings.vcenter()), say=log.info)
+        manifest: Manifest | DownloadManifest | Migration = await run_flow(
+            flow_of(options, self._settings.vcenter()), say=log.info
+        )
         return manifest
 
-    def export_vm(self, options: ExportOptions) -> Manifest | DownloadManifest:
+    def export_vm(self, options: ExportOptions) -> Manifest | DownloadManifest | Migration:
         """The same, blocking."""
         return asyncio.run(self.async_export_vm(options))
 

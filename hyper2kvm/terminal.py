@@ -28,8 +28,11 @@ from tasks.models import (
     ExportJob,
     JobOptions,
     Manifest,
+    Migration,
+    StartableJob,
     SyncJob,
     Verification,
+    VirtualMachine,
 )
 from tasks.text import one_line
 
@@ -111,9 +114,16 @@ def _pace(meter: Meter) -> str:
     return f"{rate / MIB:.0f} MiB/s{left}"
 
 
-def summary(manifest: Manifest | DownloadManifest, job: JobOptions, seconds: float) -> list[str]:
+def vm_of(result: Manifest | DownloadManifest | Migration) -> VirtualMachine:
+    """Return the VM that a run was about."""
+    return (result.manifest if isinstance(result, Migration) else result).vm
+
+
+def summary(manifest: Manifest | DownloadManifest | Migration, job: JobOptions, seconds: float) -> list[str]:
     """Return the lines that end a successful run."""
     output_dir = job.output_dir
+    if isinstance(manifest, Migration):
+        return list(_migration_summary(manifest, job))
     if isinstance(manifest, DownloadManifest):
         return _download_summary(manifest, output_dir, seconds)
     moved = sum(image.bytes_transferred for image in manifest.disks)
@@ -129,6 +139,25 @@ def summary(manifest: Manifest | DownloadManifest, job: JobOptions, seconds: flo
     lines += [f"  note: {warning}" for warning in manifest.warnings]
     lines.append(f"{moved:,} bytes in {seconds:.1f} s ({moved / MIB / seconds:,.0f} MiB/s), verified")
     return lines
+
+
+def _migration_summary(migration: Migration, job: JobOptions) -> Iterator[str]:
+    made, said = migration.manifest, migration.forecast
+    copy = job.output_dir / safe_name(made.vm.name)
+    done = "Migrated" if migration.folder else "Copied"
+    yield f"{done} {made.vm.name} ({made.vm.moref}) to {migration.folder or copy}"
+    yield f"  rounds: {len(migration.rounds)}"
+    for image in made.disks:
+        yield f"  {image.path}  {image.virtual_size / MIB:,.0f} MiB, {image.format}, {image.digest}"
+    if made.domain:
+        yield from _domain_lines(made.domain)
+        if isinstance(job, StartableJob) and job.define and migration.folder:
+            yield f"  defined: virsh -c {job.libvirt_uri} start {shlex.quote(made.domain.name)}"
+    yield from (f"  note: {note}" for note in (*made.warnings, *migration.notes))
+    if migration.downtime_s is not None:
+        forecast = f", forecast {said.downtime_s.low:.1f} to {said.downtime_s.high:.1f} s" if said else ""
+        yield f"  the source: {migration.how}; to put it back: --vs-action rollback {copy}"
+        yield f"downtime {migration.downtime_s:.1f} s{forecast}"
 
 
 def _domain_lines(domain: Domain) -> Iterator[str]:
@@ -187,6 +216,8 @@ def show_error(error: Hyper2KvmError, *, say: Callable[[str], None]) -> None:
     say(f"Error: {error.cause}")
     if error.remedy:
         say(error.remedy)
+    for line in getattr(error, "__notes__", ()):
+        say(line)
     for line in error.detail:
         say(f"  | {line}")
 

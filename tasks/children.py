@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from uuid import UUID
 
 from prefect import Flow, State
+from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterTags
 from prefect.client.schemas.objects import FlowRun, StateType
@@ -19,7 +20,7 @@ from prefect.logging import get_run_logger
 from prefect.logging.loggers import flow_run_logger
 from prefect.states import Cancelled, Cancelling
 
-from blocks import VCenter, VddkToolkit
+from blocks import ESXiHost, NbdSource, VCenter, VddkToolkit
 from tasks.errors import Hyper2KvmError, InvalidInput
 from tasks.images.job import lock_holder
 from tasks.models import Value
@@ -29,6 +30,12 @@ from tasks.wave.jobs import deployment_of
 from tasks.wave.plan import Plan, Planned
 
 TAG = "hyper2kvm-wave"
+BLOCKS: Mapping[str, tuple[str, type[Block]]] = {
+    "toolkit": ("toolkit", VddkToolkit),
+    "nbd_source": ("nbd_source", NbdSource),
+    "esxi_block": ("esxi_host", ESXiHost),
+}
+"""What a VM's options may name of saved blocks: the parameter of its flow, and the kind."""
 PAGE = 200
 ENDINGS: Mapping[StateType, Ending] = {
     StateType.COMPLETED: "done",
@@ -75,8 +82,9 @@ def tag_of(wave_run_id: str) -> str:
 class OnWorkers:
     """Runs of deployments, on whichever workers take them."""
 
-    def __init__(self, plan: Plan, wave_run_id: str, vcenter: VCenter, toolkits: Mapping[str, Any]) -> None:
-        self._plan, self._run_id, self._vcenter, self._toolkits = plan, wave_run_id, vcenter, toolkits
+    def __init__(self, plan: Plan, wave_run_id: str, vcenter: VCenter, blocks: Mapping[tuple[str, str], Any]) -> None:
+        """Keep what runs are made of; blocks: references to what VMs' options name, see `references`."""
+        self._plan, self._run_id, self._vcenter, self._blocks = plan, wave_run_id, vcenter, blocks
 
     async def known(self) -> list[Attempt]:
         runs = [run for run in await runs_tagged(tag_of(self._run_id)) if _tagged(run, "vm")]
@@ -96,8 +104,9 @@ class OnWorkers:
             "vcenter": reference(self._vcenter),
             "options": vm.job().model_dump(mode="json", exclude_unset=True),
         }
-        if toolkit := vm.member.options.get("toolkit"):
-            parameters["toolkit"] = self._toolkits[str(toolkit)]
+        for option, (parameter, _) in BLOCKS.items():
+            if name := vm.member.options.get(option):
+                parameters[parameter] = self._blocks[option, str(name)]
         mode = vm.member.mode
         key = f"wave-{self._run_id}-{vm.key}-{number}"
         tags = [TAG, tag_of(self._run_id), f"vm:{vm.key}", f"attempt:{number}", f"folder:{vm.checked.output}"]
@@ -233,7 +242,22 @@ def _tagged(run: FlowRun, kind: str) -> str:
     return next((tag.removeprefix(f"{kind}:") for tag in run.tags if tag.startswith(f"{kind}:")), "")
 
 
-def reference(block: VCenter | VddkToolkit) -> dict[str, Any]:
+async def references(vms: Iterable[Planned]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return references to the saved blocks that VMs' options name, by option and name. Raises InvalidInput."""
+    named = {
+        (option, str(vm.member.options[option])) for vm in vms for option in BLOCKS if vm.member.options.get(option)
+    }
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for option, name in sorted(named):
+        try:
+            found[option, name] = reference(await BLOCKS[option][1].aload(name))
+        except ValueError as error:
+            what = f"{option} {name!r}"
+            raise InvalidInput(what=what, why="no such block is saved", remedy="Save it in the UI") from error
+    return found
+
+
+def reference(block: Block) -> dict[str, Any]:
     """Return a saved block as a parameter of a run: by reference, so that its secrets stay where they are.
 
     Raises InvalidInput for one that is not saved.

@@ -12,12 +12,12 @@ from blocks import VCenter
 from tasks.errors import NotDefined, ToolFailed
 from tasks.images import libvirt
 from tasks.images.domain import domain_name
-from tasks.models import ExportJob, Manifest, VirtualMachine
+from tasks.models import Manifest, StartableJob, VirtualMachine
 from tasks.resolve import describe
 from tasks.steps import in_thread
 
 
-async def check_definable(vm: VirtualMachine, folder: Path, options: ExportJob) -> None:
+async def check_definable(vm: VirtualMachine, folder: Path, options: StartableJob) -> None:
     """Raise NotDefined, before anything is copied, where the domain could not be defined or should not be.
 
     Raises ToolFailed where libvirt does not answer. Nothing is asked where nobody wants the domain defined.
@@ -28,7 +28,7 @@ async def check_definable(vm: VirtualMachine, folder: Path, options: ExportJob) 
         await in_thread(libvirt.refuse_others, None, uri, name=name, uuid=vm.bios_uuid, folder=folder)
 
 
-def _refuse_twins(vm: VirtualMachine, options: ExportJob) -> None:
+def _refuse_twins(vm: VirtualMachine, options: StartableJob) -> None:
     if vm.power_state == "poweredOn" and not options.define_while_source_runs:
         raise NotDefined(
             name=vm.name,
@@ -39,7 +39,7 @@ def _refuse_twins(vm: VirtualMachine, options: ExportJob) -> None:
 
 
 @task(name="define", task_run_name="define {manifest.vm.name}", cache_policy=NO_CACHE)
-async def define(vcenter: VCenter, manifest: Manifest, folder: Path, options: ExportJob) -> None:
+async def define(vcenter: VCenter, manifest: Manifest, folder: Path, options: StartableJob) -> None:
     """Define the domain of an export that counts, once more looking whether its source runs.
 
     Raises NotDefined; the export is complete all the same.

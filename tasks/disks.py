@@ -23,7 +23,7 @@ async def copyable_disks(
 ) -> tuple[VirtualDisk, ...]:
     """Return every disk of a snapshot (None: of a VM that is off), in the device list's order.
 
-    Raises UnsupportedDisk for the first chosen one that cannot be copied, InvalidInput where there is none to choose.
+    Raises UnsupportedDisk for the first chosen one that no road can copy, InvalidInput where there is none to choose.
     """
     if snapshot:
         disks = await enumerate_disks(vcenter, server, snapshot)
@@ -31,18 +31,17 @@ async def copyable_disks(
         disks = await on_vcenter(vcenter, powered_off_disks, vm)
     if not disks:
         raise UnsupportedDisk(disk="The VM", reason="it has no disk", remedy="There is nothing to export")
-    quiesced = bool(snapshot and snapshot.quiesced)
     for disk in choice.of(disks):
-        check_copyable(disk, quiesced=quiesced, vddk=choice.vddk)
+        if disk.problem:
+            raise UnsupportedDisk(disk=disk.title, reason=disk.problem, remedy=disk.remedy)
     return disks
 
 
 class Choice(Value):
-    """Which of a VM's disks are copied, and whether through VDDK. wanted: key, label or number; "": the first."""
+    """Which of a VM's disks are copied. wanted: key, label or number; "": the first."""
 
     wanted: str = ""
     all: bool = True
-    vddk: bool = False
 
     @property
     def words(self) -> str:
@@ -66,35 +65,28 @@ class Choice(Value):
         )
 
 
-def check_copyable(disk: VirtualDisk, *, quiesced: bool = False, vddk: bool = False) -> None:
-    """Raise UnsupportedDisk, with the remedy, for a disk that the road cannot copy: `folder`, or with `vddk` that.
+def check_flat(disks: tuple[VirtualDisk, ...], snapshot: Snapshot | None, *, road: str = "folder") -> None:
+    """Raise UnsupportedDisk, with the remedy, for the first disk that does not lie in one flat file.
 
-    quiesced: whether its snapshot is, which on Windows (VSS) puts a second redo log above the frozen disk.
+    road: one that reads nothing else. A quiesced snapshot has, on Windows (VSS), a second redo log above the frozen
+    disk.
     """
-    if disk.problem:
-        raise UnsupportedDisk(disk=disk.title, reason=disk.problem, remedy=disk.remedy)
-    if vddk:
-        return
-    if disk.parents and quiesced:
-        raise UnsupportedDisk(
-            disk=disk.title,
-            reason="quiescing the guest left a second redo log in its snapshot (VSS), and the road folder reads flat "
-            f"files only. {OTHER_ROADS}",
-            remedy="Run again without --quiesce, for a crash-consistent copy",
-        )
-    if disk.parents:
-        raise UnsupportedDisk(
-            disk=disk.title,
-            reason=f"its snapshot is a chain of redo logs, and the road folder reads flat files only. {OTHER_ROADS}",
-            remedy="Copy from the VM's oldest snapshot (--vs-snapshot-moref), or remove its snapshots in vSphere",
-        )
-    if disk.object_id or disk.backing != FLAT:
-        kind = f"a vSAN or vVol object ({disk.object_id})" if disk.object_id else f"a {disk.backing}"
-        raise UnsupportedDisk(
-            disk=disk.title,
-            reason=f"it is {kind} without a flat file, which is what the road folder reads. {OTHER_ROADS}",
-            remedy="Move it to a VMFS or NFS datastore as a flat disk (Storage vMotion), then run again",
-        )
+    quiesced = bool(snapshot and snapshot.quiesced)
+    for disk in disks:
+        if disk.parents and quiesced:
+            reason = "quiescing the guest left a second redo log in its snapshot (VSS)"
+            remedy = "Run again without --quiesce, for a crash-consistent copy"
+        elif disk.parents:
+            reason = "its snapshot is a chain of redo logs"
+            remedy = "Copy from the VM's oldest snapshot (--vs-snapshot-moref), or remove its snapshots in vSphere"
+        elif disk.object_id or disk.backing != FLAT:
+            kind = f"a vSAN or vVol object ({disk.object_id})" if disk.object_id else f"a {disk.backing}"
+            reason = f"it is {kind} without a flat file"
+            remedy = "Move it to a VMFS or NFS datastore as a flat disk (Storage vMotion), then run again"
+        else:
+            continue
+        reason = f"{reason}, and the road {road} reads flat files only. {OTHER_ROADS}"
+        raise UnsupportedDisk(disk=disk.title, reason=reason, remedy=remedy)
 
 
 def _of_the_snapshot(_: TaskRunContext, parameters: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from tasks.models import (
     Value,
     VirtualMachine,
 )
+from tasks.road import from_folder
 from tasks.steps import Meter, connection_of, in_thread, metered
 from tasks.transports.folder import FolderFile
 
@@ -133,7 +134,8 @@ def _copied(
         capacity_bytes=file.size_bytes,
         host_name=place.vm.host_name,
     )
-    return fetch(source, parts, binding=place.binding(file), algorithm=place.digest, meter=meter, stop=stop)
+    reader, binding = from_folder(source), place.binding(file)
+    return fetch(reader, parts, binding=binding, algorithm=place.digest, meter=meter, stop=stop)
 
 
 def _empty(parts: DiskFiles, algorithm: DigestName) -> Fetched:

@@ -22,6 +22,7 @@
     ├── FenceClosed                  the VM's own state forbids a snapshot now
     ├── SnapshotChanged              what is being read is no longer the point in time it was
     ├── SourceChanged                the point in time of a copy is not at the source any more
+    ├── NoRoad                       none of several roads reads the disks: why not, each
     ├── FileLocked
     ├── FileMissing                  a file that the VM's configuration names, or that was there a moment ago
     ├── FileUnfit                    a file of the VM whose name or size cannot be taken as it is
@@ -30,11 +31,20 @@
     │   ├── VddkOutOfMemory          as a rule the ESXi host, for NFC sessions
     │   ├── VddkCrashed              the process in which it runs ended by itself
     │   └── VddkReadsZeros           it is too old for the server: what is allocated reads as zeros
+    ├── NbdFailed                    an NBD source: unreachable, not what it should be, or a request of it failed
+    │   ├── NbdCommandEnded          the command that serves NBD ended by itself, with its last lines
+    │   └── NbdTlsRefused            its certificate is not trusted, or one of both sides wants no TLS
+    ├── SshFailed                    nobody answers at an ESXi host by SSH, or lets us in
+    │   └── HostKeyChanged           the host, or somebody in between, shows another key than the pinned one
     ├── TransferInterrupted          the source stopped answering; what arrived is kept
     ├── IntegrityMismatch            what was written is not what was read
     ├── JobLocked                    another run of the same job is at work
     ├── OutputExists
     ├── NotDefined                   an exported VM that is not put into libvirt
+    ├── GuestStaysOn                 the source does not go off, or is not seen to be
+    ├── WillNotConverge              a downtime that no number of rounds would bring below its budget
+    ├── CutoverRefused               a person said no
+    ├── NotRolledBack                the source cannot be put back as it was
     ├── DiskFull
     ├── BootFailed                   the copy is there, and its domain was seen not to start
     ├── BootUnproven                 the same, and nothing proves that it starts or that it does not
@@ -197,6 +207,12 @@ class UnsupportedDisk(Hyper2KvmError):
     remedy = "{remedy}"
 
 
+class NoRoad(Hyper2KvmError):
+    """No road reads the disks of {vm}: {reasons}"""
+
+    remedy = "Mend what stands in the way of one of them, or name it (--transport) to be told what to do"
+
+
 class TrackingOff(Hyper2KvmError):
     """Changed blocks of {vm} are not tracked: {why}"""
 
@@ -293,6 +309,36 @@ class VddkReadsZeros(VddkFailed):
     )
 
 
+class NbdFailed(Hyper2KvmError):
+    """The NBD source of {source} ({server}) cannot be used: {why}"""
+
+    remedy = "Mend what it says and run again, or take another road (--transport)"
+
+
+class NbdCommandEnded(NbdFailed):
+    """The command that serves {source} by NBD ended by itself, with {outcome}: {server}"""
+
+    remedy = "What it said last is below; it must stay in the foreground (nbdkit: -f) for as long as it is read from"
+
+
+class NbdTlsRefused(NbdFailed):
+    """The NBD source of {source} ({server}) is not believed: {why}"""
+
+    remedy = "Give the CA of its certificate, or, on a network that nobody else is on, an address without TLS (nbd://)"
+
+
+class SshFailed(Hyper2KvmError):
+    """SSH to {host} failed: {why}"""
+
+    remedy = "See that SSH is on at the host (Actions, Services), and check user, key and password"
+
+
+class HostKeyChanged(SshFailed):
+    """The SSH host key of {host} is not the pinned one: expected {expected}, actual {actual}"""
+
+    remedy = "If the host was reinstalled on purpose, pin the actual one; if not, somebody is in between"
+
+
 class TransferInterrupted(Hyper2KvmError):
     """The transfer of {source} stopped at byte {resumable_at}: {why}"""
 
@@ -329,6 +375,33 @@ class OutputExists(Hyper2KvmError):
 
 class NotDefined(Hyper2KvmError):
     """{name} is not defined in libvirt ({uri}): {reason}"""
+
+    remedy = "{remedy}"
+
+
+class GuestStaysOn(Hyper2KvmError):
+    """{vm} is not shut down: {why}"""
+
+    remedy = "{remedy}"
+
+
+class WillNotConverge(Hyper2KvmError):
+    """The downtime of {vm} will not come below {budget_s:.0f} s: {why}"""
+
+    remedy = (
+        "Allow more (--downtime-budget), read faster (--connections, --parallel-disks), or let a person decide "
+        "(--cutover approval); the copy is as of the last round, and the source runs"
+    )
+
+
+class CutoverRefused(Hyper2KvmError):
+    """The cutover of {vm} was not approved: {why}"""
+
+    remedy = "The copy is as of the last round, and the source runs; run again to go on with it"
+
+
+class NotRolledBack(Hyper2KvmError):
+    """{vm} is not put back: {why}"""
 
     remedy = "{remedy}"
 

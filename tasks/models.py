@@ -7,11 +7,13 @@ Sizes and offsets are bytes. Which vSphere property each field comes from is sai
 from __future__ import annotations
 
 import re
+from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AwareDatetime,
     BaseModel,
     BeforeValidator,
     ByteSize,
@@ -116,6 +118,12 @@ VDDK_TRANSPORT_MODES = "nbdssl:nbd:hotadd:san"
 VddkCompression = Literal["none", "zlib", "fastlz", "skipz"]
 
 
+class FolderSettings(Value):
+    """The road `folder` needs nothing but the connection to the vCenter."""
+
+    road: Literal["folder"] = "folder"
+
+
 class VddkSettings(Value):
     """Where VMware's VDDK lies here, and how it is to read.
 
@@ -124,10 +132,108 @@ class VddkSettings(Value):
     64 KiB, four of them, for each session with a host.
     """
 
+    road: Literal["vddk"] = "vddk"
     libdir: Path | None = None
     transport_modes: str = VDDK_TRANSPORT_MODES
     compression: VddkCompression = "none"
     large_buffers: bool = False
+
+
+NBD_BLANKS = (
+    "host", "port", "user", "esxi", "moref", "snapshot", "path", "key", "number", "thumbprint", "socket",
+    "password_fd", "secret_fd",
+)  # fmt: skip
+"""What may stand in braces in the URI or command of an NBD source; the last three in a command only."""
+BLANK = re.compile(r"(?<!\$){([a-z_]+)}")  # `${name}` is a shell's
+NBD_SCHEMES = ("nbd", "nbd+unix", "nbds")
+
+
+class NbdSettings(Value):
+    """An NBD server that there is, or a command that is one: exactly one of the two, with blanks to fill for a disk.
+
+    command: words; it serves on stdin and stdout, or on the socket that `{socket}` names, and stays in the foreground.
+    secret: what it may read from the file descriptor `{secret_fd}`. trust: of a server reached by TLS.
+    """
+
+    road: Literal["nbd"] = "nbd"
+    uri: str = ""
+    command: tuple[str, ...] = ()
+    trust: Trust = Trust()
+    secret: SecretStr | None = Field(default=None, exclude=True)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if bool(self.uri) == bool(self.command):
+            raise ValueError("give the URI of an NBD server, or a command that is one")
+        if self.uri and self.uri.partition("://")[0] not in NBD_SCHEMES:
+            raise ValueError(f"{self.uri!r} begins with none of {', '.join(f'{each}://' for each in NBD_SCHEMES)}")
+        known = NBD_BLANKS if self.command else NBD_BLANKS[:-3]
+        for word in (self.uri, *self.command):
+            for blank in BLANK.findall(word):
+                if blank not in known:
+                    raise ValueError(f"{{{blank}}} is no blank: there are {', '.join(known)}")
+        return self
+
+
+class SshSettings(Value):
+    """An account at an ESXi host that may log in by SSH.
+
+    host_key: the host's, pinned: `SHA256:…` or `ssh-ed25519 AAAA…`. key: a private key in OpenSSH's or PEM form.
+    password: of the account, or of the key where one is given.
+    """
+
+    road: Literal["ssh"] = "ssh"
+    host: str
+    port: int = 22
+    user: str = "root"
+    host_key: str
+    key: SecretStr | None = Field(default=None, exclude=True)
+    password: SecretStr | None = Field(default=None, exclude=True)
+
+    @field_validator("host_key")
+    @classmethod
+    def _is_a_key(cls, text: str) -> str:
+        return normalise_host_key(text)
+
+    @model_validator(mode="after")
+    def _has_a_secret(self) -> Self:
+        if not (self.key or self.password):
+            raise ValueError(f"give a key or a password of {self.user} at {self.host}")
+        return self
+
+
+def normalise_host_key(text: str) -> str:
+    """Return `SHA256:…` or `<type> <base64>` out of a fingerprint, a public key or a line of known_hosts.
+
+    Raises InvalidInput.
+    """
+    if match := re.search(r"\bSHA256:[A-Za-z0-9+/]{43}\b", text):
+        return match[0]
+    if match := re.search(r"\b((?:ssh|ecdsa)-[\w@.-]+) +(AAAA[A-Za-z0-9+/]+=*)", text):
+        return f"{match[1]} {match[2]}"
+    raise InvalidInput(
+        what="SSH host key",
+        why=f"{text!r} is neither SHA256:… nor a public key",
+        remedy="Copy it at the host itself (ssh-keygen -lf /etc/ssh/ssh_host_rsa_key.pub)",
+    )
+
+
+RoadSettings = Annotated[FolderSettings | VddkSettings | NbdSettings | SshSettings, Field(discriminator="road")]
+"""What a road needs to know beside the disk, a class a road. A job's state holds it: a secret in it is not dumped."""
+
+
+class SkippedRoad(Value):
+    """A road that was not taken, and why."""
+
+    road: str
+    why: str
+
+
+class Roads(Value):
+    """The roads that a job may take, best first, and why others are not among them."""
+
+    candidates: tuple[RoadSettings, ...] = (FolderSettings(),)
+    skipped: tuple[SkippedRoad, ...] = ()
 
 
 class ServiceTicket(Value):
@@ -344,6 +450,7 @@ class Manifest(Value):
     consistent: bool
     created: str
     warnings: tuple[str, ...] = ()
+    skipped_roads: tuple[SkippedRoad, ...] = ()
 
 
 class DatastoreFile(Value):
@@ -479,6 +586,113 @@ class BootCheck(Value):
     created: str
 
 
+# ── warm migration ───────────────────────────────────────────────────────────────────────────────────
+
+
+class Round(Value):
+    """What a round of a warm migration took. All `_s` are seconds.
+
+    window_s: from the snapshot before this one's to its, in which `changed_bytes` were written. transfer_s: for
+    fetching them. overhead_s: for the rest of the sync. taken: when its snapshot was, by the source's clock (ISO 8601).
+    whole: whether the guest ran all through the window.
+    """
+
+    number: int
+    taken: str
+    window_s: float
+    whole: bool = True
+    changed_bytes: int
+    snapshot_s: float
+    transfer_s: float
+    overhead_s: float
+    sample_s: float
+    consolidation_s: float = 0.0
+
+
+class Estimate(Value):
+    """A number that is not known yet: what is expected, and how far it may be off to either side."""
+
+    expected: float
+    off: float = 0.0
+
+    @property
+    def low(self) -> float:
+        return max(0.0, self.expected - self.off)
+
+    @property
+    def high(self) -> float:
+        return self.expected + self.off
+
+
+ForecastVerdict = Literal["too early", "fits", "does not fit", "will not converge"]
+
+
+class Forecast(Value):
+    """How long the VM would be down if the cutover began now, in seconds, and how many bytes would have to be fetched.
+
+    why: what the verdict rests on. parts: what the downtime is made of. guessed: parts that nothing was measured of.
+    """
+
+    downtime_s: Estimate
+    pending_bytes: Estimate
+    verdict: ForecastVerdict
+    why: str = ""
+    parts: dict[str, Estimate] = {}
+    guessed: tuple[str, ...] = ()
+
+
+class NicState(Value):
+    """Whether a network card is connected, and will be when the VM is powered on."""
+
+    key: int
+    connected: bool
+    start_connected: bool
+
+
+class Aside(Value):
+    """What a cutover did to its source, each said before it was done: all that a rollback needs.
+
+    name, renamed_to: as vSphere stores them; "" where it was not renamed. nics: as they were; whether they were
+    `disconnected`.
+    domain, libvirt_uri: what was defined where; "" where nothing was.
+    """
+
+    version: int = FORMAT_VERSION
+    vcenter_uuid: str
+    moref: str
+    instance_uuid: str
+    name: str
+    shown_name: str
+    was_on: bool
+    renamed_to: str = ""
+    nics: tuple[NicState, ...] = ()
+    disconnected: bool = False
+    domain: str = ""
+    libvirt_uri: str = ""
+    created: str
+
+
+class Migration(Value):
+    """What came of a warm migration. downtime_s: how long the source had been off, or on its way there, when the copy
+    was ready to be started; None where there was no cutover.
+
+    parts: what that was made of, in seconds. how: how the source went off. folder: where the images are that the domain
+    starts from. removal_s: how long the last snapshot's removal took, beside all that. boot: the boot check's line.
+    """
+
+    version: int = FORMAT_VERSION
+    mode: Literal["warm_migration"] = "warm_migration"
+    manifest: Manifest
+    rounds: tuple[Round, ...]
+    forecast: Forecast | None
+    downtime_s: float | None = None
+    parts: dict[str, float] = {}
+    how: str = ""
+    folder: Path | None = None
+    removal_s: float | None = None
+    notes: tuple[str, ...] = ()
+
+
 # ── what an operator asks for ────────────────────────────────────────────────────────────────────────
 
 
@@ -486,8 +700,10 @@ class ExportTransport(StrEnum):
     """Roads out of vSphere that `export` can take."""
 
     auto = "auto"
-    folder = "folder"
     vddk = "vddk"
+    nbd = "nbd"
+    folder = "folder"
+    ssh = "ssh"
 
 
 SLOWEST_BYTES_PER_S = 64 * 1024
@@ -627,8 +843,7 @@ class DiskJob(JobOptions):
     """How the disks of a VM are frozen, copied and checked, in every mode that makes images of them.
 
     image_format, image_compression: of the images; arrival_format: in which the bytes are written as they arrive.
-    chains: whether the road reads what lies in chains of redo logs, not in flat files alone. tracked: whether vSphere
-    tracks the VM's changed blocks, and is asked what is allocated at all.
+    tracked: whether vSphere tracks the VM's changed blocks, and is asked what is allocated at all.
     """
 
     quiesce: bool = Field(
@@ -707,46 +922,12 @@ class DiskJob(JobOptions):
         return "raw"
 
     @property
-    def chains(self) -> bool:
-        return True
-
-    @property
     def tracked(self) -> bool:
         return False
 
 
-class ExportJob(DiskJob):
-    """Which VM to export, where to, and how."""
-
-    # The form that the Prefect UI shows is made of this; it shows neither examples nor comments.
-
-    format: ImageFormat = Field(
-        default="qcow2",
-        title="Image format",
-        description="qcow2 (thin, what libvirt prefers) or raw (sparse file), written as the bytes arrive; vmdk, vdi "
-        "and vhdx are converted from raw afterwards, which takes room for both.",
-        examples=["qcow2"],
-    )
-    compression: Compression = Field(
-        default="none",
-        title="Compression",
-        description="Of qcow2, in a second pass over what arrived, which takes room for both: zstd (QEMU 5.1 or newer) "
-        "or zlib. none: written in one pass.",
-        examples=["none"],
-    )
-    transport: ExportTransport = Field(
-        default=ExportTransport.auto,
-        title="Transport",
-        description="The road that the disks' bytes take. auto takes the best one that works, and says which.",
-        examples=["auto"],
-    )
-    vddk_libdir: OptionalText = Field(
-        default="",
-        title="VDDK folder",
-        description="With the transport vddk: VMware's unpacked vmware-vix-disklib-distrib on the worker's machine. "
-        "Empty: looked for where it usually is.",
-        examples=["/usr/lib/vmware-vix-disklib"],
-    )
+class StartableJob(DiskJob):
+    """What else becomes of a copy that libvirt can start: defined there, and seen to boot."""
 
     define: bool = Field(
         default=False,
@@ -783,6 +964,40 @@ class ExportJob(DiskJob):
         examples=[{"timeout_s": 120}],
     )
 
+
+class ExportJob(StartableJob):
+    """Which VM to export, where to, and how."""
+
+    # The form that the Prefect UI shows is made of this; it shows neither examples nor comments.
+
+    format: ImageFormat = Field(
+        default="qcow2",
+        title="Image format",
+        description="qcow2 (thin, what libvirt prefers) or raw (sparse file), written as the bytes arrive; vmdk, vdi "
+        "and vhdx are converted from raw afterwards, which takes room for both.",
+        examples=["qcow2"],
+    )
+    compression: Compression = Field(
+        default="none",
+        title="Compression",
+        description="Of qcow2, in a second pass over what arrived, which takes room for both: zstd (QEMU 5.1 or newer) "
+        "or zlib. none: written in one pass.",
+        examples=["none"],
+    )
+    transport: ExportTransport = Field(
+        default=ExportTransport.auto,
+        title="Transport",
+        description="The road that the disks' bytes take. auto takes the best one that works, and says which.",
+        examples=["auto"],
+    )
+    vddk_libdir: OptionalText = Field(
+        default="",
+        title="VDDK folder",
+        description="With the transport vddk: VMware's unpacked vmware-vix-disklib-distrib on the worker's machine. "
+        "Empty: looked for where it usually is.",
+        examples=["/usr/lib/vmware-vix-disklib"],
+    )
+
     @property
     def image_format(self) -> ImageFormat:
         return self.format
@@ -795,10 +1010,6 @@ class ExportJob(DiskJob):
     def arrival_format(self) -> ArrivalFormat:
         """The one asked for, where one pass can write that."""
         return "qcow2" if self.format == "qcow2" and self.compression == "none" else "raw"
-
-    @property
-    def chains(self) -> bool:
-        return self.transport is ExportTransport.vddk
 
     @model_validator(mode="after")
     def _definable(self) -> Self:
@@ -944,12 +1155,140 @@ class SyncJob(DiskJob):
         return self.format
 
     @property
-    def chains(self) -> bool:
-        return False
-
-    @property
     def tracked(self) -> bool:
         return True
+
+
+Cutover = Literal["none", "auto", "at", "approval"]
+
+
+class WarmJob(SyncJob, StartableJob):
+    """Which VM to migrate while it runs, how long it may be down for that, and who says when."""
+
+    downtime_budget: timedelta = Field(
+        default=timedelta(minutes=1),
+        title="Downtime budget",
+        description="How long the VM may be down, from the shutdown of its guest until its copy is ready to be "
+        "started: seconds, or ISO 8601 (PT90S).",
+        examples=["PT90S"],
+        gt=timedelta(0),
+    )
+    cutover: Cutover = Field(
+        default="none",
+        title="Cutover",
+        description="none: rounds until the forecast fits the budget, and no more. auto: then the source is shut down, "
+        "and the copy takes over. at: at a time. approval: once a person says so in Prefect's UI.",
+        examples=["approval"],
+    )
+    cutover_at: OptionalText = Field(
+        default="",
+        title="Cutover at",
+        description="With the cutover at a time: when, with its time zone (2026-05-01T02:00:00+02:00).",
+        examples=["2026-05-01T02:00:00+02:00"],
+    )
+    shut_down_source: bool = Field(
+        default=False,
+        title="Shut the source down",
+        description="A cutover shuts the source's guest down, and is refused unless this says so. VMware Tools must "
+        "run in it.",
+        examples=[True],
+    )
+    power_off_source: bool = Field(
+        default=False,
+        title="Power the source off",
+        description="If the guest does not shut down in time, or has no VMware Tools that run, power the source off as "
+        "if its plug were pulled.",
+        examples=[False],
+    )
+    shutdown_timeout: timedelta = Field(
+        default=timedelta(minutes=5),
+        title="Shutdown time-out",
+        description="How long the guest is given to shut down: seconds, or ISO 8601.",
+        examples=["PT5M"],
+        gt=timedelta(0),
+    )
+    expected_shutdown: timedelta = Field(
+        default=timedelta(0),
+        title="Expected shutdown",
+        description="How long the guest takes to shut down, for the forecast. 0: as long as it took before, by the "
+        "vCenter's events.",
+        examples=["PT30S"],
+        ge=timedelta(0),
+    )
+    rename_source: OptionalText = Field(
+        default="",
+        title="Rename the source",
+        description="Suffix that the source's name gets at the cutover, such as -migrated. Empty: not renamed.",
+        examples=["-migrated"],
+    )
+    disconnect_source: bool = Field(
+        default=False,
+        title="Disconnect the source",
+        description="At the cutover, have the source's network cards not connect any more when it is powered on.",
+        examples=[True],
+    )
+    pause: timedelta = Field(
+        default=timedelta(minutes=1),
+        title="Pause between rounds",
+        description="From the end of a round to the next: seconds, or ISO 8601.",
+        examples=["PT1M"],
+        ge=timedelta(0),
+    )
+    convert_to: OptionalText = Field(
+        default="",
+        title="Convert to",
+        description="What the domain starts from: a full copy as qcow2, raw, vmdk or vdi. Empty: an overlay (qcow2) on "
+        "the copy, which takes no time.",
+        examples=["qcow2"],
+        pattern="^(qcow2|raw|vmdk|vdi)?$",
+    )
+    sample: int = Field(
+        default=64,
+        title="Sample",
+        description="How many leaves of 256 KiB of each disk are read at the source again each round, and compared.",
+        examples=[64],
+        ge=1,
+        le=1_000_000,
+    )
+
+    @property
+    def delivered_format(self) -> ImageFormat:
+        """Of the images that the domain starts from."""
+        return TypeAdapter[ImageFormat](ImageFormat).validate_python(self.convert_to or "qcow2")
+
+    @property
+    def cutover_time(self) -> datetime | None:
+        """When the cutover is to begin, where that was said."""
+        return TypeAdapter[datetime](AwareDatetime).validate_python(self.cutover_at) if self.cutover_at else None
+
+    @field_validator("cutover_at")
+    @classmethod
+    def _is_a_time_somewhere(cls, text: str) -> str:
+        if text:
+            TypeAdapter[datetime](AwareDatetime).validate_python(text)
+        return text
+
+    @model_validator(mode="after")
+    def _said_in_words(self) -> Self:
+        if self.cutover != "none" and not self.shut_down_source:
+            raise ValueError("a cutover shuts the source's guest down, and nothing says that it may (shut_down_source)")
+        if (self.cutover == "at") != bool(self.cutover_at):
+            raise ValueError("the cutover at a time needs one (cutover_at), and no other cutover has one")
+        if self.snapshot_moref:
+            raise ValueError("rounds take snapshots of their own: an existing one has no place in them")
+        return self
+
+
+class RollbackJob(BaseModel):
+    """Which migration to undo."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: Path = Field(
+        title="Folder",
+        description="Folder of the VM on the worker's machine, in which a warm migration has left its rollback.json.",
+        examples=["/data/copies/production-db"],
+    )
 
 
 class SnapshotWishes(Value):
@@ -958,10 +1297,9 @@ class SnapshotWishes(Value):
     snapshot_moref: str = ""
     quiesce: bool = False
     allow_crash_consistent: bool = False
-    chains: bool = False
 
 
-EXPORT_MODES = ("export", "download_only", "vddk_download", "cbt_sync")
+EXPORT_MODES = ("export", "download_only", "vddk_download", "cbt_sync", "warm_migration")
 
 
 class ExportOptions(BaseModel):
@@ -974,6 +1312,16 @@ class ExportOptions(BaseModel):
     export_mode: str = "export"
     transport: str = "auto"
     vddk_libdir: OptionalText = ""
+    nbd_uri: str = ""
+    nbd_command: str = ""
+    nbd_ca_file: OptionalText = ""
+    nbd_source: str = ""
+    esxi_host: str = ""
+    esxi_user: str = "root"
+    esxi_host_key: str = ""
+    esxi_key_file: Path | None = None
+    esxi_password_file: Path | None = None
+    esxi_block: str = ""
     limit_rate: str = ""
     overcommit: bool = False
     digest: str = "blake3"
@@ -999,6 +1347,18 @@ class ExportOptions(BaseModel):
     boot_expect: str = ""
     boot_accelerator: str = "auto"
     enable_cbt: bool = False
+    downtime_budget: timedelta = timedelta(minutes=1)
+    cutover: str = "none"
+    cutover_at: str = ""
+    shut_down_source: bool = False
+    power_off_source: bool = False
+    shutdown_timeout: timedelta = timedelta(minutes=5)
+    expected_shutdown: timedelta = timedelta(0)
+    rename_source: str = ""
+    disconnect_source: bool = False
+    pause: timedelta = timedelta(minutes=1)
+    convert_to: str = ""
+    sample: int = 64
     disk: str = ""
     all_disks: bool = False
 
@@ -1010,7 +1370,7 @@ class ExportOptions(BaseModel):
             raise NotBuilt(what=f"the option {', '.join(unknown)}", instead=f"one of {', '.join(cls.model_fields)}")
         return values
 
-    def job(self) -> ExportJob | DownloadJob | SyncJob | VddkJob:
+    def job(self) -> ExportJob | DownloadJob | SyncJob | VddkJob | WarmJob:
         """Return the mode's options; raise NotBuilt for a mode or transport of the source that is not built yet."""
         if self.export_mode not in EXPORT_MODES:
             raise NotBuilt(what=f"the export mode {self.export_mode!r}", instead=" or ".join(map(repr, EXPORT_MODES)))
@@ -1024,13 +1384,14 @@ class ExportOptions(BaseModel):
             return VddkJob(**self._those_of(VddkJob))
         if self.export_mode == "cbt_sync":
             return SyncJob(**self._those_of(SyncJob))
+        if self.export_mode == "warm_migration":
+            return WarmJob(boot=self.boot(), **self._those_of(WarmJob))
         return ExportJob(boot=self.boot(), **self._those_of(ExportJob))
 
     def boot(self) -> BootWishes:
         """Return how a boot check is to be done."""
         wishes = {"timeout_s": self.boot_timeout_s, "expect": self.boot_expect, "accelerator": self.boot_accelerator}
         return BootWishes.model_validate(wishes)
-        return ExportJob(**self._those_of(ExportJob))
 
     def _those_of(self, mode: type[JobOptions]) -> dict[str, Any]:
         return self.model_dump(include=set(mode.model_fields), exclude_none=True)

@@ -13,12 +13,13 @@ from prefect.logging import get_run_logger
 from pydantic import Field
 
 from blocks import VCenter
-from tasks.disks import check_copyable
+from tasks.disks import check_flat
 from tasks.errors import Hyper2KvmError, TrackingOff, UnsupportedDisk
 from tasks.facts import Checked, Finding, Preflight, Severity, VmFacts
 from tasks.images.files import free_bytes, safe_name
 from tasks.models import DiskJob, DownloadJob, JobOptions, SyncJob, Value, VddkJob
 from tasks.reach import Reached, reach_all
+from tasks.road import ROADS
 from tasks.steps import in_thread, on_vcenter
 from tasks.transports.folder import TICKET_BYTES
 from tasks.transports.vddk_library import find_library
@@ -98,7 +99,7 @@ def _look_here(candidates: Sequence[Candidate], facts: Sequence[VmFacts]) -> Her
     """Return what this machine reaches, and which VDDK it has, where a run needs that."""
     by_road: dict[int, set[str]] = {HTTPS: set(), NFC: set()}
     for candidate, fact in zip(candidates, facts, strict=True):
-        if fact.host:
+        if fact.host and candidate.road in ("vddk", "folder"):
             by_road[NFC if candidate.road == "vddk" else HTTPS].add(fact.host.name)
     both = reach_all(by_road[NFC], (HTTPS, NFC)) | reach_all(by_road[HTTPS] - by_road[NFC], (HTTPS,))
     for candidate in candidates:
@@ -141,7 +142,7 @@ def _stores_of(fact: VmFacts) -> tuple[str, ...]:
 
 def _expected_bytes(candidate: Candidate, fact: VmFacts) -> int:
     """Return what a first copy moves: all of a disk by the road folder, what is allocated where that can be known."""
-    knows = candidate.road == "vddk" or isinstance(candidate.job, SyncJob)
+    knows = ROADS[candidate.road].sparse or isinstance(candidate.job, SyncJob)
     return min(fact.capacity_bytes, fact.committed_bytes or fact.capacity_bytes) if knows else fact.capacity_bytes
 
 
@@ -198,7 +199,7 @@ def _of_its_disks(fact: VmFacts, candidate: Candidate) -> Iterator[Finding]:
     if not fact.disks:
         yield _no_go("no-disk", "it has no disk", "There is nothing to copy")
     chosen = getattr(candidate.job, "snapshot_moref", "")
-    chains = candidate.road == "vddk" or bool(chosen)
+    chains = ROADS[candidate.road].chains or bool(chosen)
     name = fact.vm.name if fact.vm else fact.moref
     flat = [disk.model_copy(update={"parents": ()}) for disk in fact.disks] if chains else fact.disks
     for error in fence_problems(name, fact.consolidation, flat):
@@ -206,12 +207,12 @@ def _of_its_disks(fact: VmFacts, candidate: Candidate) -> Iterator[Finding]:
     if fact.snapshots and not chosen and chains:
         words = ", ".join(fact.snapshots)
         yield _warning("existing-snapshot", f"it has snapshots: {words}", "Nothing; they are left alone")
-    if isinstance(candidate.job, DownloadJob):
+    if isinstance(candidate.job, DownloadJob) or ROADS[candidate.road].chains:
         return
     for disk in fact.disks:
         try:
             if not (disk.problem or disk.parents):
-                check_copyable(disk, vddk=candidate.road == "vddk")
+                check_flat((disk,), None, road=candidate.road)
         except UnsupportedDisk as error:
             yield _as_finding("vsan-vvol" if disk.object_id else "no-flat-file", error)
 

@@ -9,10 +9,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from blocks import VCenter
-from tasks.fetch import opened
 from tasks.images.state import JobState
 from tasks.models import Connection
-from tasks.road import source_of
+from tasks.road import opened
 from tasks.steps import connection_of, in_thread
 from tasks.vsphere.session import borrow
 
@@ -34,5 +33,5 @@ def _probe(connection: Connection, job: JobState, stop: threading.Event) -> None
         for disk in job.disks:
             if stop.is_set():
                 return
-            with opened(source_of(disk, job, connection), stop=stop, probing=True):
+            with opened(disk, job, connection, stop=stop, probing=True):
                 pass  # entering reads

@@ -43,13 +43,14 @@ def child(
     argv: Sequence[str],
     *,
     stdin: int = subprocess.DEVNULL,
+    stdout: int = subprocess.PIPE,
     env: Mapping[str, str] | None = None,
     pass_fds: Sequence[int] = (),
     by: str = "KILL",
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `argv` in its own process group, stdout and stderr piped; at the end of the block the whole group is gone.
+    """Run `argv` in its own process group, stderr piped; at the end of the block the whole group is gone.
 
-    env: its environment; None: ours. pass_fds: files that it inherits.
+    stdout: piped where nothing else is said. env: its environment; None: ours. pass_fds: files that it inherits.
     It dies with the *thread* that enters the block, by the signal `by`, so enter it in one that lives as long.
     Raises ToolFailed (status 127) where there is no such program.
     """
@@ -57,7 +58,7 @@ def child(
         process = subprocess.Popen(
             dying_with_us(argv, by=by),
             stdin=stdin,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=subprocess.PIPE,
             start_new_session=True,
             env=env,
@@ -98,6 +99,21 @@ def wait_for_end(process: subprocess.Popen[bytes], timeout_s: float) -> bool:
         time.sleep(0.01)
         ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
     return ended is not None
+
+
+def outcome_of(process: subprocess.Popen[bytes]) -> str:
+    """Wait for the end of a child, which somebody else reaps, and say how it ended."""
+    try:
+        ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    except ChildProcessError:
+        return "an end that we brought about"
+    assert ended
+    return f"exit status {ended.si_status}" if ended.si_code == os.CLD_EXITED else f"signal {ended.si_status}"
+
+
+def environment_without_secrets() -> dict[str, str]:
+    """Return our environment for a program that is not ours: without what logs in at vCenters and Prefect."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "VCENTER_"))}
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
@@ -157,6 +173,31 @@ def _pump(process: subprocess.Popen[bytes], out: _Lines, err: _Lines) -> Iterato
             yield
     out.feed(b"")
     err.feed(b"")
+
+
+class LastWords:
+    """What a child says last on its stderr, heard by a thread of its own until that is closed."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stderr
+        self._lines, self._lock = _Lines(None), threading.Lock()
+        fd = os.dup(process.stderr.fileno())  # whoever ends the child closes the pipe, at any time
+        self._thread = threading.Thread(target=self._hear, args=[fd], name="last-words", daemon=True)
+        self._thread.start()
+
+    def lines(self, timeout_s: float = 0.0) -> tuple[str, ...]:
+        """Return the last lines; wait so long for the end of them."""
+        self._thread.join(timeout_s)
+        with self._lock:
+            return self._lines.lines()
+
+    def _hear(self, fd: int) -> None:
+        heard = True
+        while heard:
+            chunk = os.read(fd, CHUNK_BYTES)
+            with self._lock:
+                heard = self._lines.feed(chunk)
+        os.close(fd)
 
 
 class _Lines:

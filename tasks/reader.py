@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Generator
-from typing import Protocol, Self
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Protocol, Self, runtime_checkable
 
 from tasks.models import Extent
 
@@ -12,6 +12,28 @@ from tasks.models import Extent
 def aligned_buffer(length: int) -> memoryview:
     """Return memory that begins on a page: what lies in it can be written past the page cache (open(2), O_DIRECT)."""
     return memoryview(mmap.mmap(-1, length))
+
+
+def cut(extent: Extent, step: int) -> Iterator[Extent]:
+    """Cut an extent at multiples of `step`, which is what is asked for at once, so that whole leaves come whole."""
+    start = extent.start
+    while start < extent.end:
+        end = min(extent.end, start // step * step + step)
+        yield Extent(start=start, length=end - start)
+        start = end
+
+
+def joined(runs: Iterable[tuple[int, int]], *, size: int) -> Iterator[Extent]:
+    """Yield sorted runs, `(start, length)` of bytes, as extents: those that touch made one, none past the end."""
+    start = end = 0
+    for first, length in runs:
+        if first > end:
+            if end > start:
+                yield Extent(start=start, length=end - start)
+            start = first
+        end = max(end, min(size, first + length))
+    if end > start:
+        yield Extent(start=start, length=end - start)
 
 
 class TransientFault(Exception):
@@ -61,4 +83,13 @@ class Reader(Protocol):
 
     def interrupt(self) -> None:
         """Wake every thread that waits in `stream`, from another thread; the reader is good only for leaving then."""
+        ...
+
+
+@runtime_checkable
+class KnowsAllocated(Protocol):
+    """A reader that knows, once entered, which parts may hold something; the others read as zeros."""
+
+    def allocated(self) -> Sequence[Extent]:
+        """Return those parts, sorted, none past the end of the disk."""
         ...

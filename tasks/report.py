@@ -45,6 +45,7 @@ def manifest_of(
         consistent=True,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         warnings=(*_warnings(vcenter, state.snapshot, images, quiesce=quiesce), *_left_out(state)),
+        skipped_roads=state.skipped_roads,
     )
 
 
@@ -100,6 +101,7 @@ def markdown(manifest: Manifest, folder: Path) -> str:
         *(_row(image) for image in manifest.disks),
         "",
         *(f"Road of disk {image.index}: {image.road}. {cell(image.road_reason)}\n" for image in manifest.disks),
+        *(f"Road not taken: {skipped.road}. {cell(skipped.why)}\n" for skipped in manifest.skipped_roads),
         *(_of_the_domain(manifest.domain) if manifest.domain else ()),
         f"Manifest: `{MANIFEST}`, {manifest.created}",
     ]

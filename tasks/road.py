@@ -1,43 +1,113 @@
-"""The road that the disks of a job take out of vSphere: `folder`, or `vddk` where the job has settings for that."""
+"""The roads that the disks of a job may take out of vSphere: what each can, and how a disk is opened by it.
+
+A road is a class of settings (`tasks.models.RoadSettings`), a value that says where a disk is found, a reader of
+that (`tasks.transports`), and a line of `ROADS`.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 
-from prefect.logging import get_run_logger
-
+from tasks import tls
 from tasks.images.state import JobState
-from tasks.models import Connection, ExportJob, VddkSettings, VirtualDisk
-from tasks.transports.folder import FolderDisk
-from tasks.transports.vddk import VddkDisk
-from tasks.transports.vddk_library import find_library
+from tasks.models import Connection, NbdSettings, SshSettings, VddkSettings, VirtualDisk
+from tasks.reader import Reader
+from tasks.slots import one_of
+from tasks.transports.bulk import Shared
+from tasks.transports.folder import FolderDisk, FolderReader
+from tasks.transports.nbd import NbdDisk, NbdReader
+from tasks.transports.ssh import SshDisk, SshReader
+from tasks.transports.vddk import SHA1_DIGITS, VddkDisk, VddkReader
+from tasks.vsphere import tickets
+from tasks.vsphere.session import Session, borrow
+
+VDDK_DISKS_A_HOST = 10  # the NFC memory of an ESXi host is for some 50 sessions, and others want some
 
 
-def vddk_of(options: ExportJob) -> VddkSettings | None:
-    """Return settings of VDDK where the options ask for it; None for `folder`, which is what `auto` takes.
+class Opening:
+    """One disk of a job, about to be read. probing: it is only to be seen whether it can be."""
 
-    Raises VddkUnavailable, before anything is connected.
+    def __init__(
+        self, disk: VirtualDisk, job: JobState, connection: Connection, *, stop: threading.Event, probing: bool = False
+    ) -> None:
+        self.disk, self.job, self.connection, self.stop, self.probing = disk, job, connection, stop, probing
+
+
+def _nothing_to_hold(job: JobState, connection: Connection) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class Road:
+    """What a road can, and how it is taken.
+
+    opened: yields an entered reader of one disk, in the thread that reads. chains: it reads what lies in chains of redo
+    logs, or in no file, as well. sparse: it knows what is allocated, and reads nothing else, so that a disk takes no
+    more room here than that. held: what all disks of a job share for as long as any is probed or read, entered
+    before the first of them and left after the last, before the snapshot goes; in another thread than the readers'.
     """
-    if options.transport != "vddk":
-        if options.transport == "auto":
-            get_run_logger().info("transport auto takes road=folder reason='vddk only where it is asked for'")
-        return None
-    return usable(VddkSettings(libdir=Path(options.vddk_libdir) if options.vddk_libdir else None))
+
+    opened: Callable[[Opening], AbstractContextManager[Reader]]
+    chains: bool = False
+    sparse: bool = False
+    held: Callable[[JobState, Connection], AbstractContextManager[object]] = _nothing_to_hold
 
 
-def usable(settings: VddkSettings) -> VddkSettings:
-    """Return `settings` if there is a library where they say. Raises VddkUnavailable."""
-    find_library(settings.libdir)
-    return settings
+def road_of(job: JobState) -> Road:
+    """Return the road that a job's disks take."""
+    return ROADS[job.road.road]
 
 
-def source_of(disk: VirtualDisk, job: JobState, connection: Connection) -> FolderDisk | VddkDisk:
-    """Return where the bytes of a disk of a job are read from."""
-    if job.vddk is None:
-        return FolderDisk.of(disk, vm=job.vm, connection=connection)
-    return VddkDisk(
-        connection=connection,
-        settings=job.vddk,
+def opened(
+    disk: VirtualDisk, job: JobState, connection: Connection, *, stop: threading.Event, probing: bool = False
+) -> AbstractContextManager[Reader]:
+    """Return what yields, for a block, an entered reader of a disk by its job's road; see `Opening`."""
+    return road_of(job).opened(Opening(disk, job, connection, stop=stop, probing=probing))
+
+
+def _by_folder(wanted: Opening) -> AbstractContextManager[Reader]:
+    source = FolderDisk.of(wanted.disk, vm=wanted.job.vm, connection=wanted.connection)
+    return from_folder(source, probing=wanted.probing)
+
+
+@contextmanager
+def from_folder(source: FolderDisk, *, probing: bool = False) -> Iterator[Reader]:
+    """Yield an entered reader of a disk or file, which borrows the process's session."""
+    depth = 1 if probing else None
+    with (
+        borrow(source.connection) as session,
+        folder_reader(source, session, depth=depth, by_ticket=not probing) as reader,
+    ):
+        yield reader
+
+
+def folder_reader(
+    source: FolderDisk, session: Session, *, depth: int | None = None, by_ticket: bool = True
+) -> FolderReader:
+    """Return a reader with the session's cookie, trust and connections, and tickets where hosts may be asked."""
+    by_ticket = by_ticket and session.info.is_vcenter and source.connection.host_tickets
+    return FolderReader(
+        source,
+        cookie=lambda: session.cookie,
+        renew=session.renew,
+        acquire=partial(tickets.acquire, session) if by_ticket else None,
+        shared=session.companion(Shared),
+        depth=depth,
+    )
+
+
+@contextmanager
+def _by_vddk(wanted: Opening) -> Iterator[Reader]:
+    """It waits its turn, where many disks of that ESXi host are open on this machine."""
+    job, disk = wanted.job, wanted.disk
+    assert isinstance(job.road, VddkSettings)
+    source = VddkDisk(
+        connection=wanted.connection,
+        settings=job.road,
         host_name=job.vm.host_name,
         vm_moref=job.vm.moref,
         snapshot_moref=job.snapshot.moref if job.snapshot else "",
@@ -45,3 +115,55 @@ def source_of(disk: VirtualDisk, job: JobState, connection: Connection) -> Folde
         capacity_bytes=disk.capacity_bytes,
         identity=f"hyper2kvm-{job.job_id}-disk-{disk.index}",
     )
+    with (
+        one_of(VDDK_DISKS_A_HOST, f"vddk-{source.host_name}", stop=wanted.stop),
+        VddkReader(source, stop=wanted.stop) as reader,
+    ):
+        yield reader
+
+
+@contextmanager
+def _by_nbd(wanted: Opening) -> Iterator[Reader]:
+    job, disk, connection = wanted.job, wanted.disk, wanted.connection
+    assert isinstance(job.road, NbdSettings)
+    needs_thumbprint = any("{thumbprint}" in word for word in job.road.command)
+    shown = tls.believed_certificate(connection) if needs_thumbprint else b""
+    blanks = {
+        "host": connection.host,
+        "port": str(connection.port),
+        "user": connection.username,
+        "esxi": job.vm.host_name,
+        "moref": job.vm.moref,
+        "snapshot": job.snapshot.moref if job.snapshot else "",
+        "path": disk.datastore_path,
+        "key": str(disk.key),
+        "number": str(disk.index),
+        "thumbprint": tls.colons(tls.thumbprint_of(shown, like=SHA1_DIGITS)) if shown else "",
+    }
+    source = NbdDisk(
+        settings=job.road,
+        blanks=blanks,
+        password=connection.password,
+        datastore_path=disk.datastore_path,
+        capacity_bytes=disk.capacity_bytes,
+    )
+    with NbdReader(source, stop=wanted.stop) as reader:
+        yield reader
+
+
+@contextmanager
+def _by_ssh(wanted: Opening) -> Iterator[Reader]:
+    assert isinstance(wanted.job.road, SshSettings)
+    disk = wanted.disk
+    source = SshDisk(settings=wanted.job.road, datastore_path=disk.datastore_path, capacity_bytes=disk.capacity_bytes)
+    with SshReader(source) as reader:
+        yield reader
+
+
+ROADS: dict[str, Road] = {
+    "vddk": Road(_by_vddk, chains=True, sparse=True),
+    "nbd": Road(_by_nbd, chains=True, sparse=True),
+    "folder": Road(_by_folder),
+    "ssh": Road(_by_ssh),
+}
+"""By name; in the order in which `auto` prefers them."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Protocol
 
 import httpx
@@ -41,9 +42,6 @@ class Wishes(Protocol):
     @property
     def allow_crash_consistent(self) -> bool: ...
 
-    @property
-    def chains(self) -> bool: ...
-
 
 @asynccontextmanager
 async def point_in_time(
@@ -54,9 +52,11 @@ async def point_in_time(
     name: str,
     before: Snapshot | None,
     give_up: Callable[[], None],
+    chains: bool = False,
 ) -> AsyncIterator[Snapshot | None]:
     """Yield a snapshot for the block: the one that the options name, left alone; else the job's own, of that name.
 
+    chains: whether the disks may lie in chains of redo logs, not in flat files alone (`check_fence`).
     `before` is the one that the job's state speaks of: it is gone on with, if it is still there. None is yielded for
     a VM that is off, where the licence allows no snapshots. At the end ours is removed; after an interruption it is
     kept, for the run that goes on with the job; after anything else `give_up` is called, and it is removed. It is
@@ -68,7 +68,7 @@ async def point_in_time(
             if options.snapshot_moref:
                 yield await use_snapshot(vcenter, vm, options.snapshot_moref)
             else:
-                yield await hold_snapshot(vcenter, vm, options, name=name, before=before)
+                yield await hold_snapshot(vcenter, vm, options, name=name, before=before, chains=chains)
     except INTERRUPTIONS:
         get_run_logger().warning("kept for the next run vm=%s snapshot=%s for=%s", vm.moref, name, KEPT_FOR)
         raise
@@ -106,12 +106,13 @@ async def use_snapshot(vcenter: VCenter, vm: VirtualMachine, moref: str) -> Snap
 
 @task(name="snapshot", task_run_name="snapshot {vm.name}", cache_policy=NO_CACHE)
 async def hold_snapshot(
-    vcenter: VCenter, vm: VirtualMachine, options: Wishes, *, name: str, before: Snapshot | None
+    vcenter: VCenter, vm: VirtualMachine, options: Wishes, *, name: str, before: Snapshot | None, chains: bool = False
 ) -> Snapshot | None:
     """Return the job's own snapshot: the one it had `before`, else a new one; None where a VM that is off has none."""
     log = get_run_logger()
     try:
-        held = await on_vcenter(vcenter, _hold, vm, options, name=name, description=description(), before=before)
+        take = partial(_hold, name=name, description=description(), before=before, chains=chains)
+        held = await on_vcenter(vcenter, take, vm, options)
     except LicenceForbids as error:
         if vm.power_state != "poweredOff":
             raise
@@ -130,6 +131,7 @@ def _hold(
     name: str,
     description: str,
     before: Snapshot | None,
+    chains: bool,
 ) -> Snapshot:
     there = snapshots.find_snapshot(session, vm.moref, name=name)
     if there and there == before:
@@ -143,7 +145,7 @@ def _hold(
         description=description,
         quiesce=options.quiesce,
         or_crash_consistent=options.allow_crash_consistent,
-        chains=options.chains,
+        chains=chains,
     )
 
 

@@ -12,7 +12,6 @@ from prefect.logging import get_run_logger
 
 from blocks import VCenter
 from tasks.errors import InvalidInput, SourceChanged
-from tasks.fetch import reader_of
 from tasks.images.digests import LEAF_BYTES, Digests
 from tasks.images.layout import DiskFiles
 from tasks.images.sample import chosen_leaves, differing_at_source
@@ -25,6 +24,7 @@ from tasks.models import (
     VirtualDisk,
     VirtualMachine,
 )
+from tasks.road import folder_reader
 from tasks.steps import Meter, connection_of, in_thread, metered, on_vcenter
 from tasks.transports.folder import FolderDisk
 from tasks.vsphere.browse import vm_files
@@ -130,6 +130,6 @@ def _sampled(
     with (
         Digests.open(sidecar) as digests,
         borrow(connection) as session,
-        reader_of(source, session, by_ticket=False) as reader,  # leaves are too small for tickets
+        folder_reader(source, session, by_ticket=False) as reader,  # leaves are too small for tickets
     ):
         return differing_at_source(reader, digests, leaves, progress=meter.add, stop=stop)

@@ -15,7 +15,6 @@ from prefect.logging import get_run_logger
 
 from blocks import VCenter
 from tasks.errors import ChangeIdInvalid
-from tasks.fetch import reader_of
 from tasks.images.base import Base
 from tasks.images.copy import Limits
 from tasks.images.state import JobState
@@ -23,10 +22,10 @@ from tasks.images.sync import Synced, bring_up_to_date, count
 from tasks.limits import lease, resources_of
 from tasks.models import Connection, Extent, Manifest, VirtualDisk, VirtualMachine
 from tasks.rate import RATE
+from tasks.road import opened
 from tasks.snapshot import description
 from tasks.steps import Meter, connection_of, in_thread, metered, on_vcenter, quietly
 from tasks.text import cell, one_line
-from tasks.transports.folder import FolderDisk
 from tasks.vsphere import changes as tracking
 from tasks.vsphere.session import Session, borrow
 
@@ -69,8 +68,8 @@ def _sync(
     *,
     skip_readback: bool,
 ) -> Synced:
-    started, source = time.monotonic(), FolderDisk.of(base.disk, vm=job.vm, connection=connection)
-    with borrow(connection) as session, reader_of(source, session) as reader:
+    started = time.monotonic()
+    with borrow(connection) as session, opened(base.disk, job, connection, stop=stop) as reader:
         changed = partial(_changed, session, job, base.disk)
         done = bring_up_to_date(
             reader,

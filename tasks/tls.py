@@ -32,7 +32,7 @@ def context_for(connection: Connection) -> ssl.SSLContext:
         return _trusting_only(certificate)
     if not trust.verify:
         return unverified()
-    return _trusting_cas(trust)
+    return trusting_cas(trust)
 
 
 def unverified() -> ssl.SSLContext:
@@ -105,7 +105,8 @@ def _trusting_only(certificate: bytes) -> ssl.SSLContext:
     return context
 
 
-def _trusting_cas(trust: Trust) -> ssl.SSLContext:
+def trusting_cas(trust: Trust) -> ssl.SSLContext:
+    """Return a context that believes the CAs of `trust`, or the system's. Raises InvalidInput."""
     if not trust.ca_pem:
         return ssl.create_default_context()
     text = trust.ca_pem if "-----BEGIN" in trust.ca_pem else _read_ca(Path(trust.ca_pem).expanduser())

@@ -18,7 +18,7 @@ from tasks.images.output import DiskFiles
 from tasks.images.state import JobState
 from tasks.limits import lease, resources_of
 from tasks.models import Arrival, ArrivalFormat, Connection, Extent, VirtualDisk
-from tasks.road import source_of
+from tasks.road import opened
 from tasks.steps import connection_of, in_thread, metered
 from tasks.vsphere.changes import ALLOCATED, changed_extents
 from tasks.vsphere.session import borrow
@@ -41,13 +41,13 @@ async def transfer(
         lease(resources_of(job.vm, [disk]), vcenter=vcenter.host),
         metered(label, disk.capacity_bytes, key=key) as meter,
     ):
-        source, binding = source_of(disk, job, connection_of(vcenter)), _binding(job, disk)
+        source = opened(disk, job, connection_of(vcenter), stop=stop)
         result = await in_thread(
             fetch,
             stop,
             source,
             files,
-            binding=binding,
+            binding=_binding(job, disk),
             format=arrival_format,
             algorithm=job.digest,
             allocated=partial(_allocated, connection_of(vcenter), job, disk),

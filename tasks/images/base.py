@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from tasks.errors import CopyUnfit
 from tasks.images.changes import Changes, closed_up, everything
+from tasks.images.cutover import refuse_cut_over
 from tasks.images.digests import Digests
 from tasks.images.layout import DiskFiles
 from tasks.images.manifest import MANIFEST, read_manifest
@@ -22,6 +23,16 @@ class Base(Value):
 
     disk: VirtualDisk
     image: DiskImage
+
+    @property
+    def grown(self) -> str:
+        """Why vSphere's word on what changed is not asked for: the disk was resized; "" where it was not."""
+        before, now = self.image.virtual_size, self.disk.capacity_bytes
+        return "" if before == now else f"the disk was resized from {before} to {now} bytes"
+
+    @property
+    def format(self) -> ArrivalFormat:
+        return "raw" if self.image.format == "raw" else "qcow2"
 
     def files(self, folder: Path) -> DiskFiles:
         return DiskFiles(folder, self.image.index)
@@ -47,10 +58,11 @@ class Plan(Value):
 def base_of(folder: Path) -> Manifest | None:
     """Return the manifest of the copy in `folder`; None where there is none.
 
-    Raises InvalidInput for a damaged one, CopyUnfit for one of a download.
+    Raises InvalidInput for a damaged one, CopyUnfit for one of a download, or one that a domain may run from.
     """
     if not (folder / MANIFEST).exists():
         return None
+    refuse_cut_over(folder)
     manifest = read_manifest(folder)
     if not isinstance(manifest, Manifest):
         raise CopyUnfit(folder=folder, reason="it is a download, byte for byte, and no images")
@@ -79,9 +91,9 @@ def _check_image(folder: Path, pair: Base) -> None:
     if image.format not in SYNCED or not (folder / image.path).is_file():
         what = "is not there" if image.format in SYNCED else f"is {image.format}, and raw or qcow2 is needed"
         raise CopyUnfit(folder=folder, reason=f"{image.path} {what}")
-    if image.virtual_size != pair.disk.capacity_bytes:
+    if image.virtual_size > pair.disk.capacity_bytes:
         sizes = f"{image.virtual_size} bytes, and {pair.disk.title} has {pair.disk.capacity_bytes}"
-        raise CopyUnfit(folder=folder, reason=f"{image.path} has {sizes}: the disk was resized")
+        raise CopyUnfit(folder=folder, reason=f"{image.path} has {sizes}: vSphere shrinks no disk, so it is another")
 
 
 def sound(pair: Base, digests: Digests) -> str:
@@ -93,12 +105,16 @@ def sound(pair: Base, digests: Digests) -> str:
 def same_tracking(before: str | None, now: str | None) -> str:
     """Return why a changeId says nothing of what happened since another; "" where it does.
 
-    A changeId is `<uuid>/<number>`: another uuid means that tracking began anew in between.
+    A changeId is `<uuid>/<number>`: another uuid means that tracking began anew in between, and a number that did not
+    go up that the disk was put back, its tracking with it, as an array or a backup does that restores files.
     """
     if not before:
         return "the copy was made without changed block tracking"
     if not now:
         return "the disk has no changeId"
-    if before.partition("/")[0] != now.partition("/")[0]:
+    (tracked, _, at), (tracking, _, since) = before.partition("/"), now.partition("/")
+    if tracked != tracking:
         return "changed block tracking was reset since the last copy"
+    if at.isdecimal() and since.isdecimal() and int(since) <= int(at):
+        return f"its changeId has number {since} and the copy's has {at}: the disk was put back to an older state"
     return ""

@@ -117,7 +117,7 @@ class _Copy:
         self._progress, self._rate = progress, rate
         self._pool: Pool[Extent] = Pool(stop=stop, interrupt=reader.interrupt)
         self._checkpoints = Checkpoints(writer, digests, journal, pool=self._pool)
-        self._lock = threading.Lock()
+        self._lock, self._spare = threading.Lock(), list[memoryview]()
 
     def fetch_all(self, planned: tuple[Extent, ...]) -> None:
         threads = min(self._reader.depth, self._limits.threads)
@@ -129,7 +129,7 @@ class _Copy:
         self._checkpoints.take()
 
     def _fetch(self, extent: Extent) -> None:
-        piece = Piece(extent)
+        piece = Piece(extent, self._spare)
         try:
             self._retrying(piece)(self._attempt, piece)
         except TransientFault as fault:

@@ -17,7 +17,8 @@ from tasks.errors import InvalidInput
 from tasks.images.extents import leaf_aligned, whole_disk
 from tasks.images.files import sync, write_atomically
 from tasks.images.layout import DiskFiles
-from tasks.models import FORMAT_VERSION, Extent
+from tasks.images.manifest import MANIFEST, read_manifest
+from tasks.models import FORMAT_VERSION, Extent, Manifest
 
 _log = logging.getLogger(__name__)
 _EXTENTS = TypeAdapter(tuple[Extent, ...])
@@ -51,10 +52,14 @@ def forget(folder: Path) -> None:
 
 
 def refuse_torn(folder: Path) -> None:
-    """Raise InvalidInput where images of a folder are between two points in time: nothing else may be made of them."""
+    """Raise InvalidInput where images of a folder are of no one point in time: nothing else may be made of them."""
     if any(folder.glob("disk-*.dirty")):
-        raise InvalidInput(
-            what=f"copy in {folder}",
-            why="a sync was killed in it, and its images are of no point in time",
-            remedy="Run cbt-sync again, to its end",
-        )
+        raise _torn(folder, "a sync was killed in it, and its images are of no point in time")
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        if isinstance(manifest, Manifest) and not manifest.consistent:
+            raise _torn(folder, "its manifest says that its disks are of several points in time")
+
+
+def _torn(folder: Path, why: str) -> InvalidInput:
+    return InvalidInput(what=f"copy in {folder}", why=why, remedy="Run cbt-sync again, to its end")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 from tasks.images.digests import LEAF_BYTES, Buffer, leaf_count
 from tasks.models import Extent
@@ -14,13 +15,16 @@ class Misread(Exception):
 
 
 class Piece:
-    """A leaf-aligned extent on its way in: which of its leaves are missing, and those that are half there."""
+    """A leaf-aligned extent on its way in: which of its leaves are missing, and those that are half there.
 
-    def __init__(self, extent: Extent) -> None:
+    spare: memory of whole leaves, which pieces pass on to each other: fresh memory costs as much as filling it.
+    """
+
+    def __init__(self, extent: Extent, spare: list[memoryview] | None = None) -> None:
         self.extent = extent
         self._missing = set(range(extent.start // LEAF_BYTES, -(-extent.end // LEAF_BYTES)))
         self._open: dict[int, _OpenLeaf] = {}
-        self._spare: list[memoryview] = []
+        self._spare = [] if spare is None else spare
 
     @property
     def left(self) -> int:
@@ -72,8 +76,7 @@ class Piece:
 
     def _put(self, leaf: int, length: int, at: int, part: memoryview) -> bool:
         if leaf not in self._open:
-            spare = self._spare.pop() if self._spare and length == LEAF_BYTES else aligned_buffer(length)
-            self._open[leaf] = _OpenLeaf(spare)
+            self._open[leaf] = _OpenLeaf(self._memory(length))
         return self._open[leaf].put(at, part)
 
     def _complete(self, leaves: range, content: Buffer) -> tuple[int, Buffer]:
@@ -82,6 +85,11 @@ class Piece:
                 raise Misread(f"the source gave bytes of the leaf at {leaf * LEAF_BYTES} twice")
         self._missing.difference_update(leaves)
         return leaves[0], content
+
+    def _memory(self, length: int) -> memoryview:
+        with suppress(IndexError):  # several threads take from it
+            return self._spare.pop() if length == LEAF_BYTES else aligned_buffer(length)
+        return aligned_buffer(length)
 
     def _keep(self, content: memoryview) -> None:
         if len(content) == LEAF_BYTES:

@@ -36,6 +36,19 @@ def define(uri: str, domain_xml: Path) -> None:
     _virsh(uri, "define", "--validate", str(domain_xml))
 
 
+def undefine_stopped(uri: str, name: str) -> str:
+    """Take a domain out of libvirt, unless it runs; return its state, "shut off" where it was, "" where there is none.
+
+    Its images stay. Raises ToolFailed.
+    """
+    if name not in [known for _, known in _domains(uri)]:
+        return ""
+    state = _virsh(uri, "domstate", name).strip()
+    if state == "shut off":
+        _virsh(uri, "undefine", "--keep-nvram", "--keep-tpm", name)
+    return state
+
+
 def _domains(uri: str) -> Iterator[tuple[str, str]]:
     """Yield UUID and name of every domain, running or not."""
     for line in _virsh(uri, "list", "--all", "--uuid", "--name").splitlines():

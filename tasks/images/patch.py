@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Generator, Iterable
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Self
 
@@ -21,6 +22,9 @@ from tasks.images.writer import Image
 from tasks.models import Extent
 from tasks.rate import Rate
 from tasks.reader import Reader
+
+AHEAD = 2  # threads a connection: while one waits for the source, the others read, hash and write here
+HELD_BYTES = 1024 * 1024  # at most this much of a reply is taken whole, so that its connection is free at once
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +57,9 @@ def patch(
     must be known to be dirty, durably, before this is called. Raises what `copy` raises.
     """
     writer: _Differing | _Fetched = _Differing(image) if compare else _Fetched(image, changes)
-    patched = _Patched(reader, image, changes, digests)
+    limits = limits or Limits()
+    patched = _Patched(reader, image, changes, digests, connections=min(reader.depth, limits.threads))
+    limits = limits.model_copy(update={"threads": patched.depth})
     result = copy(
         patched, changes.leaves, writer, digests=digests, limits=limits, progress=progress, stop=stop, rate=rate
     )
@@ -69,14 +75,19 @@ def patch(
 
 
 class _Patched:
-    """A reader of whole leaves: what changed of them comes from the source, the rest from the image."""
+    """A reader of whole leaves: what changed of them comes from the source, the rest from the image.
 
-    def __init__(self, source: Reader, image: Image, changes: Changes, digests: Digests) -> None:
-        self.size, self.depth, self.preferred_extent_bytes = source.size, source.depth, source.preferred_extent_bytes
+    connections: how many threads may be at the source at once; `depth` is of those that are at anything.
+    """
+
+    def __init__(self, source: Reader, image: Image, changes: Changes, digests: Digests, *, connections: int) -> None:
+        self.size, self.preferred_extent_bytes = source.size, source.preferred_extent_bytes
+        self.depth = connections * AHEAD
         self.road, self.road_reason, self.source = source.road, source.road_reason, source.source
         self.fetched_bytes = self.read_here_bytes = 0
         self._from, self._image, self._changes, self._digests = source, image, changes, digests
-        self._lock = threading.Lock()
+        self._lock, self._turns = threading.Lock(), threading.Semaphore(connections)
+        self._spare: list[memoryview] = []
 
     def __enter__(self) -> Self:
         return self
@@ -86,13 +97,12 @@ class _Patched:
 
     def stream(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
         """Yield the bytes of `extent`, whole leaves of it. See `tasks.reader.Reader`."""
-        seen = -1
-        for changed in self._changes.within(extent):
-            for leaf in (changed.start // LEAF_BYTES, (changed.end - 1) // LEAF_BYTES):
-                if leaf > seen:  # before the source, so that no more than two leaves are open
-                    seen = leaf
-                    yield from self._kept(leaf)
-            yield from self._fetched(changed)
+        changed = self._changes.within(extent)
+        for each, after in zip_longest(changed, changed[1:]):
+            yield from self._fetched(each)
+            ends_with = after.start // LEAF_BYTES if after else -1
+            for leaf in sorted({each.start // LEAF_BYTES, (each.end - 1) // LEAF_BYTES} - {ends_with}):
+                yield from self._kept(leaf)  # last, so that no connection is held while a leaf is hashed and written
 
     def interrupt(self) -> None:
         self._from.interrupt()
@@ -103,20 +113,43 @@ class _Patched:
         if not kept:
             return
         whole = leaf_extent(leaf, size=self.size)
-        content = memoryview(bytearray(whole.length))
-        self._image.read_into(whole.start, content)
-        with self._lock:
-            self.read_here_bytes += whole.length
-        if self._digests.record_of(content) != self._digests.get(leaf):
-            self._changes.doubt(leaf)
-            for extent in kept:
-                yield from self._fetched(extent)
-            return
+        with self._memory() as memory:
+            content = memory[: whole.length]
+            self._image.read_into(whole.start, content)
+            with self._lock:
+                self.read_here_bytes += whole.length
+            if self._digests.record_of(content) == self._digests.get(leaf):
+                for extent in kept:
+                    at = extent.start - whole.start
+                    yield extent.start, content[at : at + extent.length]
+                return
+        self._changes.doubt(leaf)
         for extent in kept:
-            at = extent.start - whole.start
-            yield extent.start, content[at : at + extent.length]
+            yield from self._fetched(extent)
+
+    @contextmanager
+    def _memory(self) -> Iterator[memoryview]:
+        """Lend a leaf's worth for the block: fresh memory costs as much as what is done with it."""
+        with self._lock:
+            mine = self._spare.pop() if self._spare else memoryview(bytearray(LEAF_BYTES))
+        try:
+            yield mine
+        finally:
+            with self._lock:
+                self._spare.append(mine)
 
     def _fetched(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
+        if extent.length > HELD_BYTES:
+            with self._turns:
+                yield from self._streamed(extent)
+            return
+        held = memoryview(bytearray(extent.length))
+        with self._turns:
+            for offset, buffer in self._streamed(extent):
+                held[offset - extent.start : offset - extent.start + len(buffer)] = buffer
+        yield extent.start, held
+
+    def _streamed(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
         with closing(self._from.stream(extent)) as stream:
             for offset, buffer in stream:
                 with self._lock:

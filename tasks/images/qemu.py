@@ -137,6 +137,19 @@ def virtual_size(path: Path, *, format: Literal["raw", "qcow2"]) -> int:
     return int(size)
 
 
+def resize(path: Path, *, format: Literal["raw", "qcow2"], size: int) -> None:
+    """Make an image one of `size` bytes; what is added reads as zeros. Raises FileLocked, ToolFailed, DiskFull.
+
+    May be killed, and called again.
+    """
+    if format == "raw":
+        os.truncate(path, size)
+    elif virtual_size(path, format=format) != size:
+        _wait_for_lock(path, read_only=False)
+        argv = ["qemu-img", "resize", "-q", "--shrink", "-f", format, named(path), str(size)]
+        process.run(argv, package=PACKAGE)
+
+
 def takes_direct(path: Path) -> bool:
     """Tell whether the file system lets a file (or, of a folder, a new file in it) be opened with O_DIRECT."""
     try:

@@ -10,7 +10,18 @@ from pydantic import ValidationError
 
 from tasks.images.files import part_of, sync, write_atomically
 from tasks.images.layout import left_overs
-from tasks.models import FORMAT_VERSION, Arrival, DigestName, Snapshot, Value, VddkSettings, VirtualDisk, VirtualMachine
+from tasks.models import (
+    FORMAT_VERSION,
+    Arrival,
+    DigestName,
+    FolderSettings,
+    RoadSettings,
+    SkippedRoad,
+    Snapshot,
+    Value,
+    VirtualDisk,
+    VirtualMachine,
+)
 
 STATE = ".hyper2kvm.job.json"
 
@@ -21,9 +32,9 @@ class JobState(Value):
     """What a job copies, from which point in time, and which of its disks are here already.
 
     digest: the hash that content is told by. tracked: vSphere is asked what of the disks is allocated. selection: which
-    of the VM's disks were asked for, in words; "": all. left_out: the others' titles. vddk: how they are read, where
-    that is the road. A run killed on it leaves the VM prepared for access, under identities made of the job's id
-    and the disks' numbers (`tasks.road`), until the next run ends that.
+    of the VM's disks were asked for, in words; "": all. left_out: the others' titles. road: how they are read, and
+    skipped_roads: why not otherwise. A run killed on `vddk` leaves the VM prepared for access, under identities made of
+    the job's id and the disks' numbers (`tasks.road`), until the next run ends that.
     """
 
     version: int = FORMAT_VERSION
@@ -38,7 +49,8 @@ class JobState(Value):
     tracked: bool = False
     selection: str = ""
     left_out: tuple[str, ...] = ()
-    vddk: VddkSettings | None = None
+    road: RoadSettings = FolderSettings()
+    skipped_roads: tuple[SkippedRoad, ...] = ()
 
     @property
     def all_arrived(self) -> bool:

@@ -20,6 +20,7 @@ from tasks.images.base import Base, Plan, same_tracking, sound
 from tasks.images.changes import Changes
 from tasks.images.copy import Limits
 from tasks.images.digests import Digests, algorithm_of
+from tasks.images.extents import whole_disk
 from tasks.images.layout import DiskFiles
 from tasks.images.manifest import write_manifest
 from tasks.images.patch import PatchResult, patch
@@ -66,10 +67,12 @@ def bring_up_to_date(
     What was written is read back, unless skipped. The image is torn from here on, until `count`. expect, progress: told
     how many bytes there are to do, and how many were done. Raises what `patch` raises.
     """
-    files, path, form, size = base.files(folder), folder / base.image.path, base.image.format, base.disk.capacity_bytes
+    files, path, form, size = base.files(folder), folder / base.image.path, base.format, base.disk.capacity_bytes
     torn = dirty.dirty_leaves(files, size=size)
     if torn:
         qemu.check(path, format=form, mend_leaks=True, stop=stop)
+    if torn or base.grown:
+        torn = _of_its_size(files, path, base) or torn
     opened, lost = _digests(files, size, base.image.digest)
     with opened as digests:
         plan = _plan(base, digests, changed, torn=bool(torn), lost=lost)
@@ -105,19 +108,38 @@ def count(folder: Path, manifest: Manifest, domain_xml: str = "") -> None:
     discard(folder)
 
 
+def _of_its_size(files: DiskFiles, path: Path, base: Base) -> tuple[Extent, ...]:
+    """Give an image the size that its disk has now, and say first that all of it is dirty; return that, if any.
+
+    One that was killed while its disk was larger is made smaller: what lies beyond was never counted.
+    """
+    size = base.disk.capacity_bytes
+    if not base.grown and qemu.virtual_size(path, format=base.format) == size:
+        return ()
+    everything = whole_disk(size)
+    dirty.begin(files, everything)
+    qemu.resize(path, format=base.format, size=size)
+    return everything
+
+
 def _digests(files: DiskFiles, size: int, digest: str) -> tuple[Digests, str]:
     """Return the sidecar; where it cannot be used a new one, of which nothing is to be believed, and why."""
     try:
-        return Digests.open(files.digests, writable=True), ""
+        found = Digests.open(files.digests, writable=True)
     except (FileNotFoundError, InvalidInput) as error:
-        new = Digests.create(files.digests, size=size, algorithm=algorithm_of(digest))
-        return new, f"its digests could not be used: {error}"
+        why = f"its digests could not be used: {error}"
+    else:
+        if found.size == size:
+            return found, ""
+        with found:
+            why = f"its digests are of {found.size} bytes, and the disk has {size}"
+    return Digests.create(files.digests, size=size, algorithm=algorithm_of(digest)), why
 
 
 def _plan(base: Base, digests: Digests, changed: Changed, *, torn: bool, lost: str) -> Plan:
     """torn: the digests as a whole are not the manifest's, and need not be. lost: see `_digests`."""
     since = base.image.change_id
-    why = lost or same_tracking(since, base.disk.change_id) or ("" if torn else sound(base, digests))
+    why = base.grown or lost or same_tracking(since, base.disk.change_id) or ("" if torn else sound(base, digests))
     if since and not why:
         try:
             return Plan(changed=changed(since), why="")
@@ -128,7 +150,12 @@ def _plan(base: Base, digests: Digests, changed: Changed, *, torn: bool, lost: s
 
 
 def _synced(base: Base, plan: Plan, changes: Changes, result: PatchResult, verified: ReadBack) -> Synced:
-    now = {"change_id": base.disk.change_id, "source": base.disk.datastore_path, "digest": result.digest}
+    now = {
+        "change_id": base.disk.change_id,
+        "source": base.disk.datastore_path,
+        "virtual_size": base.disk.capacity_bytes,
+        "digest": result.digest,
+    }
     took = {"bytes_transferred": result.bytes_transferred, "seconds": result.seconds, "verified": verified}
     return Synced(
         image=base.image.model_copy(update=now | took),

@@ -39,7 +39,7 @@ from tasks.errors import (
 )
 from tasks.models import SECTOR_BYTES, Connection, Extent, Value, VddkSettings
 from tasks.process import Stopped
-from tasks.reader import TransientFault
+from tasks.reader import TransientFault, cut, joined
 from tasks.transports import vixdisklib_abi as abi
 from tasks.transports.vddk_library import find_library
 from tasks.transports.vddk_process import Refused, Worker, worker_of
@@ -136,7 +136,7 @@ class VddkReader:
     def stream(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
         """Yield the bytes of `extent` in order, the next request under way. See `tasks.reader.Reader`."""
         self._mend()
-        wanted = deque(_requests(extent))
+        wanted = deque(cut(extent, REQUEST_BYTES))
         slots = [self._slot(extent), self._slot(extent)]
         under_way: deque[tuple[Extent, int, Future[Any]]] = deque()
         try:
@@ -256,7 +256,7 @@ class VddkReader:
             return (Extent(start=0, length=self.size),), f"all of it: what is allocated is not known: {why}"
         except TimeoutError as error:
             raise self._failed("QueryAllocatedBlocks", f"no answer within {OPEN_TIMEOUT_S:.0f} s") from error
-        return tuple(_extents(runs, self.size)), ALLOCATED
+        return tuple(_extents([(first, count) for first, count in runs], self.size)), ALLOCATED
 
     def _check_sample(self) -> None:
         """Raise VddkReadsZeros where nothing but zeros is read at places that are allocated."""
@@ -349,27 +349,9 @@ def _config_file(stack: ExitStack) -> str:
     return str(path)
 
 
-def _requests(extent: Extent) -> Iterator[Extent]:
-    """Cut an extent at multiples of what is asked for at once, so that whole leaves come whole."""
-    start = extent.start
-    while start < extent.end:
-        end = min(extent.end, start // REQUEST_BYTES * REQUEST_BYTES + REQUEST_BYTES)
-        yield Extent(start=start, length=end - start)
-        start = end
-
-
 def _extents(runs: Sequence[tuple[int, int]], size: int) -> Iterator[Extent]:
     """Yield runs of sectors as extents of bytes, sorted, those that touch made one, none past the end of the disk."""
-    start = end = 0
-    for sector, count in sorted(map(tuple, runs)):
-        first, last = sector * SECTOR_BYTES, min(size, (sector + count) * SECTOR_BYTES)
-        if first > end:
-            if end > start:
-                yield Extent(start=start, length=end - start)
-            start = first
-        end = max(end, last)
-    if end > start:
-        yield Extent(start=start, length=end - start)
+    return joined(((first * SECTOR_BYTES, count * SECTOR_BYTES) for first, count in sorted(runs)), size=size)
 
 
 def _sample(extents: Sequence[Extent]) -> list[Extent]:

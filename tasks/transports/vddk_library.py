@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from tasks.errors import VddkUnavailable
 from tasks.models import Value
 from tasks.transports import vixdisklib_abi as abi
 
+VARIABLE = "VDDK_LIBDIR"  # of the environment: where it is, if nobody says so
 USUAL_FOLDERS = (Path("/usr/lib/vmware-vix-disklib"), Path("/opt/vmware-vix-disklib-distrib"))
 
 
@@ -26,7 +28,12 @@ class VddkLibrary(Value):
 
 
 def find_library(libdir: Path | None) -> VddkLibrary:
-    """Return the newest library in `libdir` or its `lib64`; None: where it usually is. Raises VddkUnavailable."""
+    """Return the newest library in `libdir` or its `lib64`; None: in VDDK_LIBDIR, else where it usually is.
+
+    Raises VddkUnavailable.
+    """
+    if libdir is None and os.environ.get(VARIABLE):
+        libdir = Path(os.environ[VARIABLE])
     roots = (libdir.expanduser().absolute(),) if libdir else USUAL_FOLDERS
     folders = [folder for root in roots for folder in (root / "lib64", root)]
     for folder in folders:

@@ -22,7 +22,7 @@ from typing import Any
 
 from tasks.errors import VddkCrashed
 from tasks.models import SECTOR_BYTES, Extent
-from tasks.process import LAST_LINES, child, end_group
+from tasks.process import LAST_LINES, child, end_group, outcome_of
 
 LEAVE_TIMEOUT_S = 8.0  # twice that, and a Prefect worker would still not kill the run
 LEFT_WELL = "exit status 0"
@@ -116,7 +116,7 @@ class Worker:
         assert self._process.stdout
         for line in self._process.stdout:
             self._take(json.loads(line))
-        outcome = _outcome(self._process)
+        outcome = outcome_of(self._process)
         self.left_well = outcome == LEFT_WELL
         self._threads[0].join(LEAVE_TIMEOUT_S)  # for its last words
         self.give_up(VddkCrashed(source=self._source, outcome=outcome, last_lines=self.last_lines()))
@@ -165,13 +165,3 @@ def environment_for(folder: Path) -> dict[str, str]:
     ours = {name: value for name, value in os.environ.items() if not name.startswith(NOT_THE_WORKERS)}
     paths = [str(folder), *filter(None, [ours.get("LD_LIBRARY_PATH")])]
     return ours | {"LD_LIBRARY_PATH": ":".join(paths), "PYTHONPATH": str(ROOT)}
-
-
-def _outcome(process: subprocess.Popen[bytes]) -> str:
-    """Wait for the end of a child, which somebody else reaps, and say how it ended."""
-    try:
-        ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    except ChildProcessError:
-        return "an end that we brought about"
-    assert ended
-    return f"exit status {ended.si_status}" if ended.si_code == os.CLD_EXITED else f"signal {ended.si_status}"

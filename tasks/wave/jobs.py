@@ -9,14 +9,23 @@ from typing import Any
 from pydantic import ValidationError
 
 from tasks.errors import InvalidInput, NotBuilt
-from tasks.models import DownloadJob, ExportJob, JobOptions, SyncJob, VddkJob
+from tasks.models import DownloadJob, ExportJob, JobOptions, SyncJob, VddkJob, WarmJob
 
 JOBS: Mapping[str, type[JobOptions]] = {
     "export": ExportJob,
     "download_only": DownloadJob,
     "vddk_download": VddkJob,
     "cbt_sync": SyncJob,
+    "warm_migration": WarmJob,
 }
+
+
+BESIDE = (
+    *("toolkit", "nbd_source", "esxi_block"),  # names of saved blocks
+    *("vddk_libdir", "nbd_uri", "nbd_command", "nbd_ca_file"),
+    *("esxi_host", "esxi_user", "esxi_host_key", "esxi_key_file", "esxi_password_file"),
+)
+"""Options of a VM that say what its road needs, and are no options of its mode: parameters of their own of a flow."""
 
 
 def deployment_of(mode: str) -> str:
@@ -30,7 +39,8 @@ def job_of(mode: str, vm: str, output_dir: str | Path, options: Mapping[str, Any
     if mode not in JOBS:
         raise NotBuilt(what=f"the mode {mode!r} of a wave", instead=" or ".join(map(repr, JOBS)))
     kind = JOBS[mode]
-    own = {key: value for key, value in options.items() if not (key == "toolkit" and kind is VddkJob)}
+    beside = set(BESIDE) - kind.model_fields.keys()
+    own = {key: value for key, value in options.items() if key not in beside}
     try:
         return kind.model_validate({"vm_name": vm, "output_dir": output_dir, **own})
     except ValidationError as error:
@@ -45,9 +55,9 @@ def job_of(mode: str, vm: str, output_dir: str | Path, options: Mapping[str, Any
 
 
 def road_of(mode: str, job: JobOptions) -> str:
-    """Return the road that the bytes of a run take: `vddk` or `folder`."""
+    """Return the road that the bytes of a run are expected to take; of `auto`, the one that needs nothing: `folder`."""
     asked = str(getattr(job, "transport", "auto"))
-    return "vddk" if mode == "vddk_download" or asked == "vddk" else "folder"
+    return "vddk" if mode == "vddk_download" else "folder" if asked == "auto" else asked
 
 
 def slots_of(job: JobOptions, disks: int) -> int:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import download, fleet, onepass, verify
+from tests.benchmarks import cbt, download, fleet, onepass, verify
 
-BENCHMARKS = {"download": download.main, "fleet": fleet.main, "onepass": onepass.main, "verify": verify.main}
+BENCHMARKS = {
+    "cbt": cbt.main,
+    "download": download.main,
+    "fleet": fleet.main,
+    "onepass": onepass.main,
+    "verify": verify.main,
+}
 
 
 def main(names: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Our download as a process: `ours <address> <CA file> <cookie> <folder> <size> <name>…`, digests and all.
 
-One file by as many connections as the reader has by itself; several files, two at a time, a connection each.
+One file by as many connections as the reader has by itself; several files, four at a time as the peers have them, each
+by one connection.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tasks.transports.bulk import Shared
 from tasks.transports.folder import FolderDisk, FolderReader
 from tests.benchmarks.child import measured
 
-AT_ONCE = 2
+AT_ONCE = 4  # as many as each peer
 
 
 def main(address: str, ca_file: str, cookie: str, folder: str, size: str, *names: str) -> None:

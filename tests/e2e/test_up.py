@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -15,11 +16,11 @@ from typing import Any
 import httpx
 import pytest
 
-from tasks.models import DownloadManifest, Manifest
+from tasks.models import DownloadManifest, Manifest, Migration
 from tests.e2e.processes import marked_processes
 from tests.e2e.screenshot import browser
 from tests.labs import ROOT, Lab
-from tests.runs import assert_equal_to_the_guests_disks
+from tests.runs import assert_equal_to_the_guests_disks, raw_sha256
 
 pytestmark = pytest.mark.e2e
 
@@ -195,15 +196,17 @@ def test_nothing_of_this_machine_is_baked_into_the_deployment(product: Product) 
     assert str(ROOT) not in json.dumps(deployment)
 
 
-@pytest.mark.parametrize(
-    ("name", "known"),
-    [
-        ("export", "options.boot.expect"),
-        ("boot-check", "options.folder"),
-        ("preflight", "options.select"),
-        ("migration-wave", "wave.window.stop"),
-    ],
-)
+FORMS = {
+    "export": "options.boot.expect",
+    "boot-check": "options.folder",
+    "warm-migration": "options.cutover_at",
+    "rollback": "options.folder",
+    "preflight": "options.select",
+    "migration-wave": "wave.window.stop",
+}
+
+
+@pytest.mark.parametrize(("name", "known"), FORMS.items())
 def test_every_field_of_a_form_explains_itself(product: Product, name: str, known: str) -> None:
     schema = product.deployment(name)["parameter_openapi_schema"]
     fields = dict(fields_of(schema, schema["definitions"]))
@@ -297,6 +300,71 @@ def test_a_boot_check_shows_the_screen(product: Product, tmp_path: Path) -> None
             shown = "[...document.images].some(i => i.src.startsWith('data:image/png') && i.naturalWidth >= 640)"
             assert page.evaluate(shown)
             page.picture(PICTURES / f"boot-check{ui.replace('/', '-')}.png")
+
+
+def test_a_cutover_is_approved_in_the_browser_while_rounds_go_on(
+    product: Product, busy_guest: Lab, tmp_path: Path
+) -> None:
+    """Approved by the form of a suspended run, which holds no process; then a rollback, by its own deployment."""
+    options = {"cutover": "approval", "shut_down_source": True, "enable_cbt": True, "rename_source": "-migrated"}
+    durations = {"pause": "PT1S", "expected_shutdown": "PT1S", "downtime_budget": "PT2M"}
+    run = product.start(tmp_path / "copies", deployment="warm-migration", **options, **durations)
+    asked = await_approval(product)
+    await_that(lambda: rounds_of(product, run) >= 4, RUN_TIMEOUT_S, lambda: f"no rounds{product.logs()}")
+    assert product.api(f"flow_runs/{asked}")["state_name"] == "Suspended"
+    report = warm_report(product, run)
+    with browser() as page:
+        page.open(re.findall(r"\((http\S+)\)", report)[0])
+        page.wait_for(f"approve the cutover of {VM}", "Suspended", "Resume")
+        page.click("Resume")
+        page.wait_for("Forecast downtime", "Pending", "rounds go on meanwhile", "Note")
+        page.fill("Note (Optional)", "by the test")
+        page.picture(PICTURES / "approval.png")
+        before = rounds_of(product, run)
+        await_that(lambda: rounds_of(product, run) > before, RUN_TIMEOUT_S, lambda: "rounds did not go on")
+        page.click("Submit")
+        product.await_state(asked, "Completed")
+        product.await_state(run, "Completed")
+        report = next(a for a in artifacts_of(product, run) if a["key"].startswith("warm-") and "Real" in a["data"])
+        page.open(f"{product.address}/artifacts/artifact/{report['id']}")
+        page.wait_for("Downtime", "its guest shut down")
+        page.picture(PICTURES / "migration.png")
+    folder, moref = tmp_path / "copies" / VM, busy_guest.vm(VM)["moref"]
+    made = Migration.model_validate_json((folder / "cutover" / "cutover.json").read_text())
+    assert made.forecast and made.downtime_s and "by the test" in made.notes[0]
+    for image in made.manifest.disks:
+        assert raw_sha256(folder / "cutover" / image.path, tmp_path) == busy_guest.sha256(moref, image.index)
+    check_nothing_left(busy_guest)
+    deployment, vcenter = product.deployment("rollback")["id"], {"$ref": {"block_document_id": product.vcenter()["id"]}}
+    parameters = {"vcenter": vcenter, "options": {"folder": str(folder)}}
+    undone = str(product.api(f"deployments/{deployment}/create_flow_run", parameters=parameters)["id"])
+    product.await_state(undone, "Completed")
+    product.await_state(product.start(tmp_path / "exports"), "Completed")
+    manifest = Manifest.model_validate_json((tmp_path / "exports" / VM / "manifest.json").read_text())
+    assert (manifest.vm.name, manifest.vm.power_state) == (VM, "poweredOn")
+
+
+def await_approval(product: Product) -> str:
+    """Return the id of the run that waits for a person's word."""
+
+    def waiting() -> list[dict[str, Any]]:
+        runs = product.api("flow_runs/filter", flows={"name": {"any_": ["cutover-approval"]}})
+        return [each for each in runs if each["state_name"] == "Suspended"]
+
+    await_that(lambda: bool(waiting()), RUN_TIMEOUT_S, lambda: f"nobody is asked{product.logs()}")
+    (found,) = waiting()
+    return str(found["id"])
+
+
+def warm_report(product: Product, run: str) -> str:
+    """Return the migration's newest artifact."""
+    found = [a for a in artifacts_of(product, run) if (a["key"] or "").startswith("warm-")]
+    return str(max(found, key=lambda a: a["created"])["data"]) if found else ""
+
+
+def rounds_of(product: Product, run: str) -> int:
+    rows = re.findall(r"^\| (\d+) \|", warm_report(product, run), re.MULTILINE)
+    return int(rows[-1]) if rows else 0
 
 
 def artifacts_of(product: Product, run: str) -> list[dict[str, Any]]:

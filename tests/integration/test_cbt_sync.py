@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import random
 import subprocess
@@ -9,12 +11,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.states import Crashed
 
 from flows.cbt_sync import cbt_sync
 from tasks import errors
+from tasks.images.dirty import refuse_torn
 from tasks.models import Manifest, SyncJob
+from tasks.succession import clean_up
 from tests.labs import ROOT, Lab, running_lab
 from tests.runs import (
     assert_equal_to_the_guests_disks,
@@ -22,7 +29,6 @@ from tests.runs import (
     command,
     export,
     faults,
-    run_command,
     vcenter_of,
 )
 
@@ -39,6 +45,9 @@ def lab() -> Iterator[Lab]:
     vms = [
         {"name": "tracked", "cbt": True, "disks": DISKS},
         {"name": "untracked", "disks": DISKS},
+        {"name": "growing", "cbt": True, "disks": DISKS},
+        {"name": "other", "cbt": True, "disks": DISKS[1:]},
+        {"name": "mixed", "cbt": True, "disks": [DISKS[1], DISKS[1] | {"mode": "independent_persistent"}]},
     ]
     with running_lab(scenario=site(vms)) as lab:
         yield lab
@@ -197,6 +206,52 @@ async def test_an_export_is_a_base_too_and_what_is_none_is_refused_by_name(lab, 
     assert_nothing_left(lab)
 
 
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+async def test_a_disk_that_grew_is_read_whole_and_its_image_grows(lab, tmp_path, image_format):
+    before = (await sync(lab, tmp_path, "growing", format=image_format)).disks
+    size = before[0].virtual_size + 3 * MIB
+    lab.govc("vm.disk.change", "-vm", lab.vm("growing")["path"], "-disk.key", "2000", "-size", f"{size}B")
+    write(lab, (size - 100, 100), (MIB, 10), vm="growing")
+    write(lab, (MIB, 10), vm="growing", disk=1)
+    manifest = await sync(lab, tmp_path, "growing")
+    assert [image.virtual_size for image in manifest.disks] == [size, before[1].virtual_size]
+    assert [image.bytes_transferred for image in manifest.disks] == [size, BLOCK]
+    assert_equal_to_the_guests_disks(lab, manifest, tmp_path / "growing", tmp_path)
+    write(lab, (size - 100, 100), vm="growing")
+    again = await sync(lab, tmp_path, "growing")
+    assert [image.bytes_transferred for image in again.disks] == [BLOCK, 0]
+    assert_equal_to_the_guests_disks(lab, again, tmp_path / "growing", tmp_path)
+    assert_nothing_left(lab)
+
+
+async def test_a_source_that_was_reverted_is_what_it_was(lab, tmp_path):
+    await sync(lab, tmp_path)
+    path = lab.vm("tracked")["path"]
+    write(lab, (MIB, 10))
+    lab.govc("snapshot.create", "-vm", path, "-m=false", "somebody's")
+    write(lab, (2 * MIB, 10), (3 * MIB, MIB))
+    with pytest.raises(errors.FenceClosed):
+        await sync(lab, tmp_path)
+    lab.govc("snapshot.revert", "-vm", path, "somebody's")
+    lab.govc("snapshot.remove", "-vm", path, "somebody's")
+    write(lab, (5 * MIB, 10))
+    manifest = await sync(lab, tmp_path)
+    assert_equal_to_the_guests_disks(lab, manifest, tmp_path / "tracked", tmp_path)
+    assert manifest.disks[0].bytes_transferred == 2 * BLOCK
+
+
+async def test_what_is_not_the_same_vm_or_not_the_same_disks_is_refused_by_name(lab, tmp_path):
+    await sync(lab, tmp_path)
+    folder = tmp_path / "tracked"
+    folder.rename(tmp_path / "other")
+    with pytest.raises(errors.CopyUnfit, match="of another VM"):
+        await sync(lab, tmp_path, "other")
+    (tmp_path / "other").rename(folder)
+    with pytest.raises(errors.UnsupportedDisk, match="independent"):
+        await sync(lab, tmp_path, "mixed")
+    assert_nothing_left(lab)
+
+
 POINTS = {
     "snapshot taken, nothing changed here": "tasks.images.dirty:begin:before",
     "torn: written, not read back": "tasks.images.sync:verify:before",
@@ -205,29 +260,41 @@ POINTS = {
 }
 
 
-def test_killed_there_the_next_run_brings_the_copy_up_to_now(lab, tmp_path, prefect_api):
+async def test_killed_there_the_next_run_brings_the_copy_up_to_now(lab, tmp_path, prefect_api):
+    """So it is after the hook of a killed run, which removes its snapshot and leaves the copy refused."""
     from prefect.settings import PREFECT_API_URL
 
-    api, words = (
-        {"PREFECT_API_URL": PREFECT_API_URL.value()},
-        ("--vs-vm-name", "tracked", "--output-dir", str(tmp_path)),
-    )
+    words = ("--vs-vm-name", "tracked", "--output-dir", str(tmp_path))
+    environment = os.environ | lab.environment() | {"PREFECT_API_URL": PREFECT_API_URL.value()}
     folder = tmp_path / "tracked"
-    done = run_command(lab, "cbt-sync", *words, env=api)
-    assert done.returncode == 0, done.stderr
+    await sync(lab, tmp_path)
     for moment, point in POINTS.items():
         write(lab, (MIB, 3 * BLOCK), (7 * MIB, 9))
         write(lab, (MIB, 3 * BLOCK), disk=1)
         argv = [sys.executable, "-m", "tests.integration.dying", point, *command(lab, "cbt-sync", *words)[3:]]
-        died = subprocess.run(
-            argv, cwd=ROOT, env=os.environ | lab.environment() | api, capture_output=True, timeout=120
+        died = await asyncio.to_thread(
+            subprocess.run, argv, cwd=ROOT, env=environment, capture_output=True, timeout=120
         )
         assert died.returncode == -9, (moment, died.stderr)
+        assert lab.stats()["open_snapshots"] == 1, moment
         lab.post("/faults", clear=True, expire_sessions=True)
+        if point.startswith("tasks.images.sync:verify"):
+            await clean_up_after(lab, folder)
+            assert lab.stats()["open_snapshots"] == 0
+            with pytest.raises(errors.InvalidInput, match="no point in time"):
+                refuse_torn(folder)
         write(lab, (MIB + BLOCK, 5), (9 * MIB, 9))
-        done = run_command(lab, "cbt-sync", *words, "--json", env=api)
-        assert done.returncode == 0, (moment, done.stderr)
-        manifest = Manifest.model_validate_json(done.stdout)
+        manifest = await sync(lab, tmp_path)
         assert_equal_to_the_guests_disks(lab, manifest, folder, tmp_path)
         assert lab.stats()["open_snapshots"] == 0, moment
     assert not [path for path in folder.iterdir() if path.suffix == ".dirty"]
+
+
+async def clean_up_after(lab: Lab, folder: Path) -> None:
+    """Do what Prefect does once it finds that a run crashed whose vCenter is a saved block."""
+    run_id = json.loads((folder / ".hyper2kvm.lock").read_text())["flow_run_id"]
+    block = await vcenter_of(lab).save("lab-of-a-sync", overwrite=True)
+    async with get_client() as client:
+        run = await client.read_flow_run(UUID(run_id))
+    run.parameters["vcenter"] = {"$ref": {"block_document_id": str(block)}}
+    await clean_up(cbt_sync, run, Crashed())

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tasks.fetch import reader_of
 from tasks.models import Extent, ServiceTicket
+from tasks.road import folder_reader
 from tasks.transports.folder import FolderDisk, FolderFile, FolderReader
 from tasks.vsphere import tickets
 from tasks.vsphere.session import borrow
@@ -144,12 +144,12 @@ def test_tickets_are_asked_of_a_vcenter_that_allows_it_and_not_of_a_lone_host(la
             connection=to, datacenter_path="DC", datastore_path="[d] a/a.vmdk", capacity_bytes=GIB, host_name="esx1"
         )
         with borrow(to) as session:
-            assert (reader_of(source, session)._acquire is not None) is wanted
+            assert (folder_reader(source, session)._acquire is not None) is wanted
     with running_lab("-esx", "-disks", "1", "-disk-size", "1MiB") as esx:
         to = esx.connection()
         with borrow(to) as session:
             source = source.model_copy(update={"connection": to})
-            assert reader_of(source, session)._acquire is None
+            assert folder_reader(source, session)._acquire is None
 
 
 @pytest.mark.anyio

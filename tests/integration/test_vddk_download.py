@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import errors, fetch
+from tasks import errors, road
 from tests.labs import ROOT, VDDK, running_lab
 from tests.runs import (
     assert_equal_to_the_guests_disks,
@@ -73,7 +73,7 @@ async def test_every_disk_of_a_running_vm_is_the_guests_at_the_snapshot_while_it
 
 
 async def test_no_more_disks_of_a_host_are_open_at_once_than_it_bears(site, tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "VDDK_DISKS_A_HOST", 1)
+    monkeypatch.setattr(road, "VDDK_DISKS_A_HOST", 1)
     site.post("/stats/reset")
     await vddk_download(site, tmp_path, "web", all_disks=True, parallel_disks=2)
     assert site.stats()["vddk_prepared_peak"] == 1
@@ -174,7 +174,7 @@ def test_killed_it_is_gone_on_with_from_what_is_here_and_the_vm_is_released(site
     left = site.stats()
     assert (left["open_snapshots"], left["vddk_prepared"]) == (1, 1)
     state = json.loads((tmp_path / "large" / ".hyper2kvm.job.json").read_text())
-    assert (state["vddk"]["libdir"], state["selection"]) == (str(VDDK), "the first disk")
+    assert (state["road"]["libdir"], state["selection"]) == (str(VDDK), "the first disk")
     site.post("/stats/reset")
     done = run_command(site, "vddk-export", *words, "--json", env=api)
     assert done.returncode == 0, done.stderr

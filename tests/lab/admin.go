@@ -2,6 +2,7 @@
 //
 //	POST /guest-write  {"vm": "vm-42", "disk": 0, "offset": 0, "length": 4096, "seed": 7}   or "zero": true
 //	POST /guest-load   {"vm": "vm-42", "disk": 0, "bytes_per_s": 1048576, "seed": 7}        or "stop": true
+//	     "burst_s": 1, "block": 65536: for so long each time at a rate drawn from 0 to bytes_per_s, in such blocks
 //	GET  /sha256?vm=vm-42&disk=0[&snapshot=snapshot-50]    {"sha256": "…", "size": 67108864}
 //	     …&offset=0&length=4096                            of that part only (a disk of 3 TiB takes an hour whole)
 //	GET  /stats                                            see stats.go
@@ -153,20 +154,35 @@ func (l *lab) adminFaults(r *http.Request) (any, error) {
 	if err := decode(r, &q); err != nil {
 		return nil, err
 	}
+	if q.FailLeases != "" {
+		fault, err := newFault(q.FailLeases, nil)
+		if err != nil {
+			return nil, err
+		}
+		l.failLeases(fault)
+	}
 	if err := l.faults.set(q); err != nil || !q.ResetCBT {
 		return struct{}{}, err
 	}
 	return struct{}{}, l.resetTracking()
 }
 
-// adminGuestLoad starts or stops a guest that keeps writing blocks of 4 KiB at random places.
+// guestLoad is how a guest keeps writing: blocks at random places, at a rate, or at one drawn anew for each burst.
+type guestLoad struct {
+	BytesPerS int64   `json:"bytes_per_s"`
+	BurstS    float64 `json:"burst_s"`
+	Block     int64   `json:"block"`
+	Seed      uint64  `json:"seed"`
+	drawn     int64   // the rate of this burst
+}
+
+// adminGuestLoad starts or stops a guest that keeps writing, while it is powered on.
 func (l *lab) adminGuestLoad(r *http.Request) (any, error) {
 	var q struct {
-		VM        string `json:"vm"`
-		Disk      int    `json:"disk"`
-		BytesPerS int64  `json:"bytes_per_s"`
-		Seed      uint64 `json:"seed"`
-		Stop      bool   `json:"stop"`
+		guestLoad
+		VM   string `json:"vm"`
+		Disk int    `json:"disk"`
+		Stop bool   `json:"stop"`
 	}
 	if err := decode(r, &q); err != nil {
 		return nil, err
@@ -184,30 +200,36 @@ func (l *lab) adminGuestLoad(r *http.Request) (any, error) {
 	if q.BytesPerS <= 0 || !d.hasBytes() {
 		return nil, fmt.Errorf("bytes_per_s must be above 0, and the disk hold bytes")
 	}
-	l.loads.Store(d, l.startLoad(d, q.BytesPerS, q.Seed))
+	setDefault(&q.Block, loadBlock)
+	l.loads.Store(d, l.startLoad(m, d, q.guestLoad))
 	return struct{}{}, nil
 }
 
 const loadBlock = 4096
 
+const loadTick = 50 * time.Millisecond
+
 // startLoad writes until the returned function has stopped it.
-func (l *lab) startLoad(d *disk, bytesPerS int64, seed uint64) func() {
+func (l *lab) startLoad(m *machine, d *disk, load guestLoad) func() {
 	end, ended := make(chan struct{}), make(chan struct{})
-	src := source(seed, "guest-load")
+	src := source(load.Seed, "guest-load")
 	r := rand.New(src)
-	tick := time.NewTicker(50 * time.Millisecond)
+	tick := time.NewTicker(loadTick)
 	go func() {
 		defer close(ended)
 		defer tick.Stop()
-		block := make([]byte, min(loadBlock, d.capacity))
-		for owed := int64(0); ; owed += bytesPerS / 20 {
-			for ; owed > 0; owed -= int64(len(block)) {
+		block := make([]byte, min(load.Block, d.capacity))
+		owed := int64(0)
+		for n := 0; ; n++ {
+			owed += load.perTick(n, r)
+			for ; owed > 0 && m.on.Load(); owed -= int64(len(block)) {
 				src.Read(block)
 				off := r.Int64N((d.capacity-int64(len(block)))/sectorSize+1) * sectorSize
 				if d.guestWrite(off, block) != nil {
 					return
 				}
 			}
+			owed = min(owed, 0)
 			select {
 			case <-tick.C:
 			case <-end:
@@ -218,4 +240,16 @@ func (l *lab) startLoad(d *disk, bytesPerS int64, seed uint64) func() {
 		}
 	}()
 	return func() { close(end); <-ended }
+}
+
+// perTick is how much is written in tick n; the rate of a burst is drawn in its first.
+func (g *guestLoad) perTick(n int, r *rand.Rand) int64 {
+	most := g.BytesPerS
+	if g.BurstS > 0 {
+		if n%max(int(g.BurstS*float64(time.Second/loadTick)), 1) == 0 {
+			g.drawn = r.Int64N(g.BytesPerS + 1)
+		}
+		most = g.drawn
+	}
+	return most / int64(time.Second/loadTick)
 }

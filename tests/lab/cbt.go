@@ -83,6 +83,16 @@ func (t *tracking) point(id string) (int, bool) {
 	return n, err == nil && uuid == t.uuid && 1 <= n && n <= len(t.epochs)
 }
 
+// revert goes back to a point; one that is none of its own, and it begins anew.
+func (t *tracking) revert(id string) {
+	n, known := t.point(id)
+	if !known {
+		*t = *newTracking()
+		return
+	}
+	t.epochs = append(t.epochs[:n-1], map[int64]bool{})
+}
+
 // track begins, or goes on at a new point; off, it forgets. The caller holds d.mu.
 func (d *disk) track(on bool) {
 	switch {

@@ -140,6 +140,40 @@ func TestTrackingBeginsAtTheSnapshotAfterItIsSwitchedOn(t *testing.T) {
 	}
 }
 
+func TestARevertGoesBackToTheSnapshotsContentAndPoint(t *testing.T) {
+	c := startLab(t, "-disks", "1")
+	c.track(true)
+	one := c.point("one")
+	from := c.changeID(&one)
+	c.drop("one")
+	c.write(100, 10)
+	kept := c.point("kept")
+	content := func() string {
+		sum, err := c.lab.machines[c.vm.Reference()].disks[0].sha256("")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return sum
+	}
+	then := content()
+	c.write(cbtBlock*9, 1)
+	task, err := c.vm.RevertToSnapshot(context.Background(), "kept", true)
+	if err == nil {
+		err = task.Wait(context.Background())
+	}
+	if err != nil || content() != then || c.changeID(nil) != c.changeID(&kept) {
+		t.Fatal(err, c.changeID(nil))
+	}
+	c.write(cbtBlock*3, 1)
+	c.drop("kept")
+	two := c.point("two")
+	areas, _, err := c.changed(&two, from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantAreas(t, areas, 0, cbtBlock, cbtBlock*3, cbtBlock)
+}
+
 func TestChangedAreasAreWhatTheGuestWroteBetweenTwoSnapshots(t *testing.T) {
 	c := startLab(t, "-disks", "1")
 	c.track(true)

@@ -87,6 +87,36 @@ func (d *disk) release(snapshot string, merge bool) error {
 	return d.mergeAbove(d.index(m.layer))
 }
 
+// isYoungest says whether a standing snapshot froze the layer below the top one, of which nothing has to be remembered.
+func (d *disk) isYoungest(snapshot string) bool {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	m := d.moments[snapshot]
+	return m != nil && m.view == nil && d.index(m.layer) == len(d.layers)-2 && len(d.top().views) == 0
+}
+
+// revert throws the top layer away and puts an empty delta in its place; tracking is of the snapshot's point again.
+func (d *disk) revert(snapshot string) error {
+	if !d.snapshotted() {
+		return nil
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	m, old := d.moments[snapshot], d.top()
+	d.layers = d.layers[:len(d.layers)-1]
+	old.store.close()
+	for _, file := range []string{old.descriptor, old.extentName} {
+		if err := os.Remove(d.path(file)); err != nil {
+			return err
+		}
+	}
+	d.digest = m.digest
+	if d.tracking != nil {
+		d.tracking.revert(m.changeID)
+	}
+	return d.pushDelta()
+}
+
 // frozen says whether a snapshot that still exists holds l.
 func (d *disk) frozen(l *layer) bool {
 	for _, m := range d.moments {

@@ -5,6 +5,7 @@
 //	{"folder_503": 3}                      the next 3 /folder replies are 503
 //	{"cut_after": 65536, "count": 2}       the next 2 GET replies with more disk data than that are cut there
 //	{"stall_s": 5, "count": 1}             the next GET reply with more than 4096 bytes of disk data hangs after these
+//	{"folder_latency_s": 0.02}             every /folder reply begins that much later; 0 ends it
 //	{"throttle_bytes_per_s": 1048576}      each body with disk data is served at that pace; 0 ends it
 //	{"fail_method": {"method": "CreateSnapshot_Task", "fault": "InsufficientResourcesFault", "count": 1,
 //	                 "in_task": true, "message": "…", "detail": {…}}}
@@ -26,6 +27,8 @@
 //	                                       (allocated, whole, fail); areas that did not change among the others; areas
 //	                                       beyond the disk's end, or overlapping ones
 //	{"reset_cbt": true}                    every tracked disk forgets, and has changeIds of a new uuid from now on
+//	{"lease_lie": "order", "count": 1}     the next stream of a leased disk is not what it says: see streamvmdk.go
+//	{"fail_leases": "Timedout"}            every lease that is held is in its error state at once, with that fault
 //	{"clear": true}                        ends all of these first
 package main
 
@@ -54,6 +57,7 @@ type faultRequest struct {
 	Count           *int         `json:"count"`
 	MergeFails      *int         `json:"merge_fails"`
 	Throttle        *int64       `json:"throttle_bytes_per_s"`
+	Latency         *float64     `json:"folder_latency_s"`
 	FailMethod      *failMethod  `json:"fail_method"`
 	DelayMethod     *delayMethod `json:"delay_method"`
 	TaskTakes       *delayMethod `json:"task_takes"`
@@ -61,6 +65,8 @@ type faultRequest struct {
 	Hosts           string       `json:"hosts"`
 	CBT             *cbtTrouble  `json:"cbt"`
 	ResetCBT        bool         `json:"reset_cbt"`
+	LeaseLie        string       `json:"lease_lie"`
+	FailLeases      string       `json:"fail_leases"`
 
 	ListAs map[string]string `json:"list_as"`
 }
@@ -83,7 +89,7 @@ type failMethod struct {
 // taskMethods can fail in their task.
 var taskMethods = []string{
 	"CreateSnapshot_Task", "CreateSnapshotEx_Task", "RemoveSnapshot_Task", "RemoveAllSnapshots_Task",
-	"ConsolidateVMDisks_Task", "ReconfigVM_Task",
+	"ConsolidateVMDisks_Task", "ReconfigVM_Task", "RevertToSnapshot_Task",
 }
 
 // privileges that can be refused, with the methods that need them (vSphere Web Services API, "Required Privileges").
@@ -91,11 +97,13 @@ var privileges = map[string][]string{
 	"VirtualMachine.State.CreateSnapshot":    {"CreateSnapshot_Task", "CreateSnapshotEx_Task"},
 	"VirtualMachine.State.RemoveSnapshot":    {"RemoveSnapshot_Task", "RemoveAllSnapshots_Task"},
 	"VirtualMachine.Config.ChangeTracking":   {"ReconfigVM_Task"},
-	"VirtualMachine.Interact.PowerOff":       {"PowerOffVM_Task"},
+	"VirtualMachine.Interact.PowerOff":       {"PowerOffVM_Task", "ShutdownGuest"},
 	"VirtualMachine.Interact.PowerOn":        {"PowerOnVM_Task"},
+	"VirtualMachine.Config.Rename":           {"Rename_Task"},
 	"Datastore.Browse":                       {"SearchDatastore_Task", "SearchDatastoreSubFolders_Task"},
 	"Datastore.FileManagement":               {"DeleteDatastoreFile_Task", "MoveDatastoreFile_Task"},
 	"VirtualMachine.Provisioning.GetVmFiles": {},
+	"VApp.Export":                            {"ExportVm", "ExportSnapshot"},
 }
 
 // folderPrivileges refuse /folder too.
@@ -147,12 +155,15 @@ type faults struct {
 	stall      countdown
 	stallS     float64
 	throttle   int64
+	latencyS   float64
 	merge      countdown
 	delays     []*delay // of calls
 	lengths    []*delay // of tasks
 	refused    map[string]bool
 	hosts      string
 	cbt        cbtTrouble
+	lie        countdown
+	lieName    string
 	taskFaults []*taskFault
 	listAs     map[string]string
 }
@@ -185,6 +196,9 @@ func (f *faults) set(r faultRequest) error {
 	if r.Throttle != nil {
 		f.throttle = *r.Throttle
 	}
+	if r.Latency != nil {
+		f.latencyS = *r.Latency
+	}
 	if r.ListAs != nil {
 		f.listAs = r.ListAs
 	}
@@ -199,6 +213,9 @@ func (f *faults) set(r faultRequest) error {
 	if r.CBT != nil {
 		f.cbt = *r.CBT
 	}
+	if r.LeaseLie != "" {
+		f.lieName, f.lie = r.LeaseLie, newCountdown(r.Count)
+	}
 	if r.FailMethod != nil {
 		f.failMethod(*r.FailMethod, fault)
 	}
@@ -210,8 +227,8 @@ func (f *faults) set(r faultRequest) error {
 }
 
 func (f *faults) clear() {
-	f.noLogin, f.throttle, f.hosts, f.cbt = false, 0, "", cbtTrouble{}
-	f.folder503, f.cut, f.stall, f.merge = countdown{}, countdown{}, countdown{}, countdown{}
+	f.noLogin, f.throttle, f.latencyS, f.hosts, f.cbt = false, 0, 0, "", cbtTrouble{}
+	f.folder503, f.cut, f.stall, f.merge, f.lie = countdown{}, countdown{}, countdown{}, countdown{}, countdown{}
 	f.refused, f.taskFaults = map[string]bool{}, nil
 	f.delays, f.lengths, f.listAs = nil, nil, nil
 	f.lab.model.Service.ClearFaultRules()
@@ -226,6 +243,9 @@ func (f *faults) check(r faultRequest) (types.BaseMethodFault, error) {
 		return nil, fmt.Errorf("hosts: no trouble %q here", r.Hosts)
 	}
 	if err := r.CBT.check(); err != nil {
+		return nil, err
+	}
+	if err := checkLeaseLie(r.LeaseLie); err != nil {
 		return nil, err
 	}
 	if r.TaskTakes != nil && !slices.Contains(taskMethods, r.TaskTakes.Method) {
@@ -332,6 +352,16 @@ func (l *lab) sleep(length time.Duration) {
 	}
 }
 
+// takeLeaseLie is the lie that the next leased stream tells, "" for none.
+func (f *faults) takeLeaseLie() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.lie.take() {
+		return f.lieName
+	}
+	return ""
+}
+
 // mergeFails says whether this removal of a snapshot leaves its deltas.
 func (f *faults) mergeFails() bool {
 	f.mu.Lock()
@@ -410,6 +440,13 @@ func (f *faults) onFolder(r *http.Request) int {
 		return http.StatusServiceUnavailable
 	}
 	return 0
+}
+
+// latency is how long a /folder request waits for its reply.
+func (f *faults) latency() time.Duration {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return time.Duration(f.latencyS * float64(time.Second))
 }
 
 // bodyPlan is what a body with disk data has to suffer.

@@ -77,6 +77,9 @@ func (l *lab) basicLogin(w http.ResponseWriter, user, password string, next http
 func (l *lab) serveFolder(w http.ResponseWriter, r *http.Request, next http.Handler) {
 	meter := &meter{ResponseWriter: w, plan: bodyPlan{cutAfter: -1}, lab: l, request: r}
 	defer func() { l.stats.http(r.URL.Path, meter.sent) }()
+	if wait := l.faults.latency(); wait > 0 {
+		meter.pause(wait)
+	}
 	if !l.authorised(meter, r, next) {
 		w.Header().Set("WWW-Authenticate", `Basic realm="VMware HTTP server"`)
 		http.Error(meter, "401 Unauthorized", http.StatusUnauthorized)
@@ -188,7 +191,8 @@ type meter struct {
 	lab     *lab
 	request *http.Request
 	plan    bodyPlan
-	disk    bool // a GET of disk data
+	disk    bool  // a GET of disk data
+	length  int64 // of the body, where the header does not say
 	sent    int64
 	status  int
 	stalled bool
@@ -219,7 +223,10 @@ func (m *meter) ReadFrom(r io.Reader) (n int64, err error) {
 func (m *meter) WriteHeader(status int) {
 	m.status = status
 	if m.carriesDisk() {
-		length, _ := strconv.ParseInt(m.Header().Get("Content-Length"), 10, 64)
+		length, err := strconv.ParseInt(m.Header().Get("Content-Length"), 10, 64)
+		if err != nil {
+			length = m.length
+		}
 		m.plan = m.lab.faults.onBody(length)
 	}
 	m.ResponseWriter.WriteHeader(status)

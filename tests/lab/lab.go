@@ -41,6 +41,7 @@ type lab struct {
 	stats   *stats
 	faults  *faults
 	tickets sync.Map // id → ticket, until spent
+	leases  sync.Map // ticket → lease, until it ends
 	loads   sync.Map // diskID → stop function of a running guest-load
 	stopped chan struct{}
 

@@ -216,9 +216,8 @@ func (m *machine) setGuest() {
 	if m.spec.Power != "on" || !*m.spec.Tools {
 		return
 	}
-	m.Guest.ToolsStatus = types.VirtualMachineToolsStatusToolsOk
 	m.Guest.ToolsVersion = "12389"
-	m.Guest.ToolsRunningStatus = string(types.VirtualMachineToolsRunningStatusGuestToolsRunning)
+	m.powered(&m.VirtualMachine.VirtualMachine, m.Runtime.PowerState)
 	m.Guest.GuestState = "running"
 	m.Guest.HostName = fileName(m.spec.Name)
 	m.Guest.IpAddress = fmt.Sprintf("192.0.2.%d", 10+len(m.lab.order)%200)

@@ -13,7 +13,10 @@
 //	      "datastore": "datastore1", "dir": "web",          where .vmx and disks lie; dir defaults to the name
 //	      "power": "on",                                    "on" (default) or "off"
 //	      "firmware": "bios", "cpus": 1, "memory_mib": 512, "guest_id": "otherLinux64Guest",
-//	      "tools": true,                                    guest tools run (default)
+//	      "tools": true,                                    guest tools run (default); false: there are none
+//	      "tools_stopped": false,                           they are there, and do not run
+//	      "shutdown_s": 0, "shutdown_spread_s": 0,          how long the guest takes to shut down, give or take
+//	      "ignores_shutdown": false,                        it never does
 //	      "quiesce": "ok",                                  or "fail": ApplicationQuiesceFault
 //	      "vss": false,                                     a quiesced snapshot leaves two redo logs: see vss.go
 //	      "snapshots": [{"name": "s", "description": "", "writes": "1MiB"}],   made by somebody else, in a chain
@@ -49,6 +52,8 @@
 //	  "host_ignores_range": false,  /folder answers 200 and the whole file to a Range request
 //	  "free_licence": false,        calls that change something answer RestrictedVersion, as on a free ESXi
 //	  "vss": false, "consolidation_needed": false   for every VM
+//	  "lease": {"timeout_s": 300, "star": false, "form": "host"},   of exports: "*" as the URLs' host; "qemu": streams
+//	                                as qemu-img makes them, not as a host does (streamvmdk.go)
 //	  "api_version": "6.5",         that clients may speak: one of 6.5 is not told what a virtual TPM is
 //	}
 //
@@ -76,6 +81,7 @@ type scenario struct {
 	FreeLicence      bool             `json:"free_licence"`
 	VSS              bool             `json:"vss"`
 	APIVersion       string           `json:"api_version"`
+	Lease            leaseSpec        `json:"lease"`
 	consolidation
 }
 
@@ -133,17 +139,23 @@ func (d *datastoreSpec) UnmarshalJSON(b []byte) error {
 }
 
 type vmSpec struct {
-	Name      string         `json:"name"`
-	Folder    string         `json:"folder"`
-	Host      string         `json:"host"`
-	Datastore string         `json:"datastore"`
-	Dir       string         `json:"dir"`
-	Power     string         `json:"power"`
-	Firmware  string         `json:"firmware"`
-	CPUs      int32          `json:"cpus"`
-	MemoryMiB int64          `json:"memory_mib"`
-	GuestID   string         `json:"guest_id"`
-	Tools     *bool          `json:"tools"`
+	Name      string `json:"name"`
+	Folder    string `json:"folder"`
+	Host      string `json:"host"`
+	Datastore string `json:"datastore"`
+	Dir       string `json:"dir"`
+	Power     string `json:"power"`
+	Firmware  string `json:"firmware"`
+	CPUs      int32  `json:"cpus"`
+	MemoryMiB int64  `json:"memory_mib"`
+	GuestID   string `json:"guest_id"`
+	Tools     *bool  `json:"tools"`
+
+	ToolsStopped    bool    `json:"tools_stopped"`
+	ShutdownS       float64 `json:"shutdown_s"`
+	ShutdownSpreadS float64 `json:"shutdown_spread_s"`
+	IgnoresShutdown bool    `json:"ignores_shutdown"`
+
 	Quiesce   string         `json:"quiesce"`
 	VSS       bool           `json:"vss"`
 	CBT       bool           `json:"cbt"`

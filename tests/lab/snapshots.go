@@ -154,6 +154,9 @@ func (m *machine) withBackings(devices []types.BaseVirtualDevice, ref string) []
 			}
 			copied := *old
 			copied.Backing = d.backing(at)
+			if ref == "" {
+				copied.CapacityInBytes, copied.CapacityInKB = d.capacity, d.capacity/1024
+			}
 			if ref != "" {
 				copied.Backing = d.momentBacking(ref, at)
 			}
@@ -209,22 +212,52 @@ func (m *machine) descendants(ref types.ManagedObjectReference) []types.ManagedO
 	return find(m.Snapshot.RootSnapshotList)
 }
 
-// RevertToSnapshotTask and RevertToCurrentSnapshotTask are refused: the lab keeps no tree of deltas.
-func (s *snapshot) RevertToSnapshotTask(*simulator.Context, *types.RevertToSnapshot_Task) soap.HasFault {
-	return &methods.RevertToSnapshot_TaskBody{Fault_: simulator.Fault("not played by the lab", &types.NotSupported{})}
+// RevertToSnapshotTask throws away what the guest wrote since. The lab keeps no tree of deltas: only the youngest snapshot
+// can be gone back to.
+func (s *snapshot) RevertToSnapshotTask(ctx *simulator.Context, req *types.RevertToSnapshot_Task) soap.HasFault {
+	m := s.m
+	ref := m.runTask(ctx, "RevertToSnapshot_Task", func(*simulator.Task) (types.AnyType, types.BaseMethodFault) {
+		for _, d := range m.disks {
+			if d.snapshotted() && !d.isYoungest(s.Self.Value) {
+				return nil, &types.NotSupported{}
+			}
+		}
+		res := s.VirtualMachineSnapshot.RevertToSnapshotTask(ctx, req).(*methods.RevertToSnapshot_TaskBody).Res
+		if _, fault := inner(ctx, res.Returnval); fault != nil {
+			return nil, fault
+		}
+		for _, d := range m.disks {
+			if err := d.revert(s.Self.Value); err != nil {
+				return nil, fileFault(d, err)
+			}
+		}
+		return nil, m.afterChange(ctx)
+	})
+	return &methods.RevertToSnapshot_TaskBody{Res: &types.RevertToSnapshot_TaskResponse{Returnval: ref}}
 }
 
+// RevertToCurrentSnapshotTask goes back to the snapshot that the VM runs on.
 func (m *machine) RevertToCurrentSnapshotTask(
-	*simulator.Context, *types.RevertToCurrentSnapshot_Task,
+	ctx *simulator.Context, req *types.RevertToCurrentSnapshot_Task,
 ) soap.HasFault {
-	return &methods.RevertToCurrentSnapshot_TaskBody{
-		Fault_: simulator.Fault("not played by the lab", &types.NotSupported{}),
+	body := new(methods.RevertToCurrentSnapshot_TaskBody)
+	if m.Snapshot == nil || m.Snapshot.CurrentSnapshot == nil {
+		body.Fault_ = simulator.Fault("no snapshot", &types.NotFound{})
+		return body
 	}
+	at := ctx.Map.Get(*m.Snapshot.CurrentSnapshot).(*snapshot)
+	res := at.RevertToSnapshotTask(ctx, &types.RevertToSnapshot_Task{This: at.Self, Host: req.Host})
+	task := res.(*methods.RevertToSnapshot_TaskBody).Res.Returnval
+	body.Res = &types.RevertToCurrentSnapshot_TaskResponse{Returnval: task}
+	return body
 }
 
 // ReconfigVMTask lets the simulator reconfigure, then puts right what it makes of the disks' files.
 func (m *machine) ReconfigVMTask(ctx *simulator.Context, req *types.ReconfigVM_Task) soap.HasFault {
 	ref := m.runTask(ctx, "ReconfigVM_Task", func(*simulator.Task) (types.AnyType, types.BaseMethodFault) {
+		if fault := m.grow(&req.Spec); fault != nil {
+			return nil, fault
+		}
 		res := m.VirtualMachine.ReconfigVMTask(ctx, req).(*methods.ReconfigVM_TaskBody).Res
 		if _, fault := inner(ctx, res.Returnval); fault != nil {
 			return nil, fault

@@ -34,6 +34,9 @@ func (l *lab) handle(ctx *simulator.Context, method *simulator.Method) (mo.Refer
 	if fault := l.faults.onCall(method); fault != nil {
 		return nil, fault
 	}
+	if fault := l.leaseInTheWay(method); fault != nil {
+		return nil, fault
+	}
 	if l.scenario.FreeLicence && changesSomething(method.Name) {
 		return nil, &types.RestrictedVersion{}
 	}
@@ -82,6 +85,8 @@ func (l *lab) front(next http.Handler) http.Handler {
 			l.serveSOAP(w, r, next)
 		case r.URL.Path == "/folder" || strings.HasPrefix(r.URL.Path, "/folder/"):
 			l.serveFolder(w, r, next)
+		case strings.HasPrefix(r.URL.Path, nfcPrefix):
+			l.serveNFC(w, r)
 		case strings.HasPrefix(r.URL.Path, "/vixdisklib/"):
 			l.serveVixDiskLib(w, r)
 		default:

@@ -21,6 +21,9 @@ type stats struct {
 	peak          map[string]int64
 	prepared      map[string]bool // VDDK: VM and identity, between PrepareForAccess and EndAccess
 	preparedPeak  int
+	leases        int64 // NFC leases that are held
+	leasesPeak    int64
+	leaseEnds     map[string]int64 // completed, aborted, failed
 
 	ticketsIssued, ticketsUsed, ticketsRefused int64
 }
@@ -38,6 +41,7 @@ func (s *stats) reset() {
 	s.soapCalls, s.requests, s.bytes = map[string]int64{}, map[string]int64{}, map[string]int64{}
 	s.soapTotal, s.logins, s.loginAttempts, s.served = 0, 0, 0, 0
 	s.ticketsIssued, s.ticketsUsed, s.ticketsRefused = 0, 0, 0
+	s.leasesPeak, s.leaseEnds = s.leases, map[string]int64{}
 	s.peak, s.preparedPeak = map[string]int64{}, len(s.prepared)
 	for host, n := range s.open {
 		if n > 0 {
@@ -87,6 +91,20 @@ func (s *stats) access(who string, on bool) {
 	}
 }
 
+// lease counts one more, or one less, that is held.
+func (s *stats) lease(n int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.leases += n
+	s.leasesPeak = max(s.leasesPeak, s.leases)
+}
+
+func (s *stats) leaseEnded(how string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.leaseEnds[how]++
+}
+
 func (s *stats) diskBytes(n int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -119,6 +137,7 @@ func (l *lab) report() map[string]any {
 		"live_sessions": sessions, "open_snapshots": snapshots,
 		"bytes_served": s.served, "peak_transfers": copyMap(s.peak),
 		"vddk_prepared": len(s.prepared), "vddk_prepared_peak": s.preparedPeak,
+		"leases_open": s.leases, "leases_peak": s.leasesPeak, "lease_ends": copyMap(s.leaseEnds),
 		"tickets_issued": s.ticketsIssued, "tickets_used": s.ticketsUsed, "tickets_refused": s.ticketsRefused,
 	}
 }

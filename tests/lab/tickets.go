@@ -110,15 +110,15 @@ func (l *lab) serveHosts(host string, vCenter http.Handler) error {
 	if err != nil {
 		return err
 	}
-	onlyFolder := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if !strings.HasPrefix(r.URL.Path, "/folder/") {
+	onlyFiles := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !strings.HasPrefix(r.URL.Path, "/folder/") && !strings.HasPrefix(r.URL.Path, nfcPrefix) {
 			http.NotFound(w, r)
 			return
 		}
 		vCenter.ServeHTTP(w, r)
 	})
 	l.hosts = &hostPort{
-		server: &http.Server{Handler: onlyFolder, BaseContext: func(net.Listener) context.Context {
+		server: &http.Server{Handler: onlyFiles, BaseContext: func(net.Listener) context.Context {
 			return context.WithValue(context.Background(), atHostKey{}, true)
 		}},
 		address: listener.Addr().String(), certs: certs,

@@ -9,7 +9,7 @@ import (
 	"github.com/vmware/govmomi/vim25/types"
 )
 
-// watch hears of every change in the registry: it keeps the power states, and makes sessions forget what is gone.
+// watch hears of every change in the registry: it keeps what follows from power states, and makes sessions forget what is gone.
 type watch struct{ lab *lab }
 
 func (w *watch) Reference() types.ManagedObjectReference {
@@ -44,7 +44,7 @@ func (w *watch) UpdateObject(_ *simulator.Context, obj mo.Reference, changes []t
 	m := w.lab.machines[vm.Self]
 	for _, c := range changes {
 		if m != nil && c.Name == "runtime.powerState" {
-			m.on.Store(c.Val == types.VirtualMachinePowerStatePoweredOn)
+			m.powered(vm, c.Val.(types.VirtualMachinePowerState))
 		}
 	}
 }

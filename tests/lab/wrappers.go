@@ -45,6 +45,10 @@ func (l *lab) wrapper(ref types.ManagedObjectReference) mo.Reference {
 		if m, ok := l.ctx.Map.Get(ref).(*simulator.AuthorizationManager); ok {
 			return &authorization{AuthorizationManager: m, lab: l}
 		}
+	case "OvfManager":
+		if o, ok := l.ctx.Map.Get(ref).(*simulator.OvfManager); ok {
+			return &ovfManager{o, l}
+		}
 	case "VirtualMachine":
 		if m := l.machines[ref]; m != nil {
 			return m

@@ -11,9 +11,11 @@ from tasks.models import (
     DownloadJob,
     ExportJob,
     ExportOptions,
+    RollbackJob,
     SyncJob,
     Trust,
     VddkJob,
+    WarmJob,
     normalise_thumbprint,
     split_address,
 )
@@ -97,7 +99,7 @@ def test_the_sources_options_become_the_modes_own():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("export_mode", "warm_migration"), ("transport", "ssh"), ("transport", "nfc_lease")],
+    [("export_mode", "live_migration"), ("transport", "carrier_pigeon")],
 )
 def test_what_is_not_built_is_refused_by_name(field, value):
     with pytest.raises(NotBuilt, match=f"{value}.*is not built yet"):
@@ -140,7 +142,38 @@ def test_the_mode_of_vddk_gets_a_disk_to_choose_and_writes_raw():
         VddkJob(vm_name="web", output_dir="/data", disk="2000", all_disks=True)
 
 
-@pytest.mark.parametrize("mode", [ExportJob, DownloadJob, VddkJob])
+def test_a_warm_migration_keeps_to_its_hands_unless_told_in_words():
+    options = ExportOptions(vm_name="web", output_dir="/data", export_mode="warm_migration", downtime_budget=90)
+    job = options.job()
+    assert isinstance(job, WarmJob)
+    assert (job.downtime_budget.total_seconds(), job.cutover, job.format, job.delivered_format) == (
+        90,
+        "none",
+        "raw",
+        "qcow2",
+    )
+    assert not (job.shut_down_source or job.power_off_source or job.rename_source or job.disconnect_source)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"cutover": "auto"}, "nothing says that it may"),
+        ({"cutover": "at", "shut_down_source": True}, "needs one"),
+        ({"cutover": "auto", "shut_down_source": True, "cutover_at": "2026-05-01T02:00:00Z"}, "no other cutover"),
+        ({"cutover": "at", "shut_down_source": True, "cutover_at": "2026-05-01T02:00:00"}, "timezone"),
+        ({"cutover": "at", "shut_down_source": True, "cutover_at": "tomorrow"}, "datetime"),
+        ({"downtime_budget": 0}, "greater than 0"),
+        ({"convert_to": "vhdx"}, "match pattern"),
+        ({"snapshot_moref": "snapshot-7"}, "no place"),
+    ],
+)
+def test_a_cutover_that_is_not_said_clearly_is_refused(wrong, why):
+    with pytest.raises(ValidationError, match=why):
+        WarmJob(vm_name="web", output_dir="/data", **wrong)
+
+
+@pytest.mark.parametrize("mode", [ExportJob, DownloadJob, VddkJob, SyncJob, WarmJob, RollbackJob])
 def test_every_field_of_the_form_has_a_title_a_description_and_an_example(mode):
     for name, schema in mode.model_json_schema()["properties"].items():
         described = {"title", "description", "examples"} <= set(schema)

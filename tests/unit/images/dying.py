@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-CALLS = ("pwrite", "fdatasync", "fsync", "unlink", "replace", "ftruncate")
+CALLS = ("pwrite", "fdatasync", "fsync", "unlink", "replace", "truncate", "ftruncate")
 
 
 class Counter:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tasks.errors import VddkUnavailable
 from tasks.models import SECTOR_BYTES, Extent
+from tasks.reader import cut
 from tasks.transports import vddk, vddk_library
 from tasks.transports.vddk import LEAF_BYTES, REQUEST_BYTES, SAMPLES
 from tasks.transports.vddk_library import find_library
@@ -56,7 +57,7 @@ def test_without_a_folder_it_is_looked_for_where_it_usually_is(tmp_path: Path, m
 @given(st.integers(0, 40), st.integers(1, 40))
 def test_requests_cover_an_extent_and_end_at_multiples_of_their_length(start: int, count: int) -> None:
     extent = Extent(start=start * LEAF_BYTES, length=count * LEAF_BYTES)
-    requests = list(vddk._requests(extent))
+    requests = list(cut(extent, REQUEST_BYTES))
     assert (requests[0].start, requests[-1].end) == (extent.start, extent.end)
     for one, next_one in pairwise(requests):
         assert one.end == next_one.start

@@ -1,0 +1,197 @@
+"""Reading a flat extent at an ESXi host itself, by SSH: ranges of `/vmfs/volumes/<datastore>/<path>-flat.vmdk`.
+
+A range is a `dd` of the host's busybox. What is allocated is not known. How the host is reached is not known here
+(`ssh_client`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import os
+import re
+import select
+import shlex
+import signal
+import subprocess
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Self
+
+from tasks.errors import FileLocked, Hyper2KvmError, SshFailed, UnsupportedDisk
+from tasks.models import Extent, SshSettings, Value
+from tasks.process import LastWords, outcome_of, wait_for_end
+from tasks.reader import TransientFault, aligned_buffer
+from tasks.transports.ssh_client import SshClient
+
+DEPTH = 4  # of the ten sessions that sshd lets share a connection
+BUFFER_BYTES = 1024 * 1024
+EXTENT_BYTES = 64 * 1024 * 1024  # each costs a session and a process at the host
+READ_TIMEOUT_S = 30.0
+ENDING_S = 5.0
+VOLUMES = "/vmfs/volumes"
+MISSING, UNREADABLE, LOST = 66, 74, 255  # sysexits.h EX_NOINPUT, EX_IOERR, which our command ends with; ssh's own
+BUSY = os.strerror(16)  # EBUSY: dd ends with status 1 whatever is wrong, so that only its words tell
+
+OTHER_ROADS = "Take another road (--transport vddk, nbd or folder)"
+UNLOCK = (
+    "A host keeps a running VM's disks to itself: copy from a snapshot; where the base under it is locked too, power "
+    "the VM off, or take another road (--transport vddk or nbd)"
+)
+
+_log = logging.getLogger(__name__)
+_DATASTORE_PATH = re.compile(r"\[(?P<datastore>.+?)\] ?(?P<path>.+)\.vmdk", re.DOTALL)
+
+
+class SshDisk(Value):
+    """A disk whose bytes lie in one flat file, and the host that has it. datastore_path: `[ds] dir/x.vmdk`."""
+
+    settings: SshSettings
+    datastore_path: str
+    capacity_bytes: int
+
+    def path(self) -> str:
+        """Return where its bytes lie at the host. Raises UnsupportedDisk for a path that is of no disk."""
+        match = _DATASTORE_PATH.fullmatch(self.datastore_path)
+        if not match:
+            reason = "that is no datastore path of a .vmdk"
+            raise UnsupportedDisk(disk=self.datastore_path, reason=reason, remedy=OTHER_ROADS)
+        return f"{VOLUMES}/{match['datastore']}/{match['path']}-flat.vmdk"
+
+
+class SshReader:
+    """A flat extent behind SSH. See `tasks.reader.Reader`; `depth` ranges come at once over one connection.
+
+    Enter it in a thread that lives as long: the connection ends with that one. Entering reads the first sector, and
+    raises HostKeyChanged, SshFailed, FileLocked, UnsupportedDisk, ToolFailed.
+    """
+
+    depth = DEPTH
+    preferred_extent_bytes = EXTENT_BYTES
+    road = "ssh"
+
+    def __init__(self, disk: SshDisk, *, read_timeout_s: float = READ_TIMEOUT_S) -> None:
+        self.size, self.source = disk.capacity_bytes, disk.datastore_path
+        self.road_reason = f"{disk.settings.user}@{disk.settings.host}"
+        self._path, self._timeout_s = shlex.quote(disk.path()), read_timeout_s
+        self._client, self._own = SshClient(disk.settings), ExitStack()
+        self._live: set[subprocess.Popen[bytes]] = set()
+        self._lock, self._interrupted = threading.Lock(), False
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(self._client)
+            self._probe()
+            self._own = stack.pop_all()
+        _log.info("opened source=%r by=%s", self.source, self.road_reason)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._own.close()
+
+    def stream(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
+        """Yield the bytes of `extent` in order, by one command. See `tasks.reader.Reader`."""
+        buffer, offset = aligned_buffer(BUFFER_BYTES), extent.start
+        with self._running(self._dd(extent)) as process:
+            words = LastWords(process)
+            while offset < extent.end:
+                # up to the next multiple of the buffer's length, so that whole leaves come whole
+                room = min(BUFFER_BYTES - offset % BUFFER_BYTES, extent.end - offset)
+                count = self._fill(process, buffer[:room])
+                if not count:
+                    raise self._ended(process, words, offset)
+                yield offset, buffer[:count]
+                offset += count
+
+    def interrupt(self) -> None:
+        """End every command: what waits for one fails at once, with TransientFault."""
+        with self._lock:
+            self._interrupted = True
+            for process in self._live:
+                os.killpg(process.pid, signal.SIGTERM)
+
+    def _dd(self, extent: Extent) -> str:
+        """Return the command for a range, in blocks as large as its start and length let them be."""
+        length = 0 if extent.end == self.size else extent.length  # past the end there is nothing
+        block = math.gcd(extent.start, length, BUFFER_BYTES)
+        return f"dd if={self._path} bs={block} skip={extent.start // block} count={-(-extent.length // block)}"
+
+    def _probe(self) -> None:
+        """Ask for size and first sector; a file that cannot be read is named."""
+        path = self._path
+        command = f"stat -c %s {path} || exit {MISSING}; dd if={path} of=/dev/null bs=512 count=1 || exit {UNREADABLE}"
+        with self._running(command) as process:
+            try:
+                said, complaint = process.communicate(timeout=self._timeout_s)
+            except subprocess.TimeoutExpired as error:
+                why = f"it does not answer for {self._timeout_s:.0f} s"
+                raise SshFailed(host=self._client.address, why=why) from error
+        lines = tuple(complaint.decode(errors="replace").splitlines())
+        if process.returncode:
+            raise self._refused(process.returncode, lines)
+        if (size := int(said or 0)) != self.size:
+            raise self._unfit(f"its file has {size} bytes, not the {self.size} expected")
+
+    def _refused(self, status: int, lines: tuple[str, ...]) -> Hyper2KvmError:
+        """Return what a command's exit status means before the first byte."""
+        last = lines[-1] if lines else f"exit status {status}"
+        if status == MISSING:
+            return self._unfit(
+                f"{self._client.address} has no such file: the datastore is not one of its own, the disk has no flat "
+                f"file (as on vSAN and vVol), or it was moved ({last})"
+            )
+        if status == UNREADABLE:
+            return self._locked(lines) or self._unfit(last)
+        return SshFailed(host=self._client.address, why=last, last_lines=lines)
+
+    def _locked(self, lines: tuple[str, ...]) -> FileLocked | None:
+        if any(BUSY in line for line in lines):
+            return FileLocked(path=f"{self.source} (its flat file)", remedy=UNLOCK)
+        return None
+
+    def _unfit(self, reason: str) -> UnsupportedDisk:
+        return UnsupportedDisk(disk=self.source, reason=reason, remedy=OTHER_ROADS)
+
+    def _fill(self, process: subprocess.Popen[bytes], view: memoryview) -> int:
+        """Fill `view` from a command's output; return how much came before its end. Raises TransientFault."""
+        assert process.stdout
+        fd, filled = process.stdout.fileno(), 0
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        while filled < len(view):
+            if not poll.poll(1000 * self._timeout_s):
+                raise TransientFault(f"no byte for {self._timeout_s:.0f} s")
+            count = os.readv(fd, [view[filled:]])
+            if not count:
+                break
+            filled += count
+        return filled
+
+    def _ended(
+        self, process: subprocess.Popen[bytes], words: LastWords, offset: int
+    ) -> Hyper2KvmError | TransientFault:
+        """Return what it means that a command's output ended early."""
+        if self._interrupted:
+            return TransientFault("interrupted")
+        lines = words.lines(ENDING_S)
+        how = outcome_of(process) if wait_for_end(process, ENDING_S) else "no end"
+        said = next((line for line in lines if line.startswith("dd:")), lines[-1] if lines else "no words")
+        return self._locked(lines) or TransientFault(f"dd ended at byte {offset}, with {how}: {said}")
+
+    @contextmanager
+    def _running(self, command: str) -> Iterator[subprocess.Popen[bytes]]:
+        with self._client.running(command) as process:
+            assert process.stdout
+            with suppress(OSError):  # a user has only so much of it
+                fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, BUFFER_BYTES)
+            with self._lock:
+                if self._interrupted:
+                    raise TransientFault("interrupted")
+                self._live.add(process)
+            try:
+                yield process
+            finally:
+                with self._lock:
+                    self._live.discard(process)
