@@ -223,6 +223,8 @@ def test_cancelling_a_wave_cancels_its_runs(wave_fleet: Fleet, tmp_path: Path) -
         name="cancelled", output_dir=str(tmp_path / "exports"), select=["app-*"], exclude=[VICTIM], limits={"runs": 4}
     )
     await_that(lambda: wave_fleet.ended(wave) >= 4, WAVE_TIMEOUT_S, lambda: "no progress" + product.logs())
+    lab.post("/faults", throttle_bytes_per_s=8 << 10)  # what runs now would go on for minutes
+    await_that(lambda: lab.stats()["open_snapshots"] > 1, WAVE_TIMEOUT_S, lambda: "none runs" + product.logs())
     product.api(f"flow_runs/{wave}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
     wave_fleet.await_end(wave, "Cancelled")
     await_that(
@@ -231,6 +233,7 @@ def test_cancelling_a_wave_cancels_its_runs(wave_fleet: Fleet, tmp_path: Path) -
     assert "CANCELLED" in {run["state_type"] for run in wave_fleet.children(wave)}
     assert len(wave_fleet.children(wave)) < VMS - REFUSED - 1
     await_that(lambda: lab.stats()["open_snapshots"] == 0, 60, lambda: f"{lab.stats()}")
+    lab.post("/faults", clear=True)
 
 
 def test_a_gate_is_let_through_in_the_browser(wave_fleet: Fleet, tmp_path: Path) -> None:
