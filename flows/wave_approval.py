@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from prefect import asuspend_flow_run, flow
 from prefect.input import RunInput
 from pydantic import Field
@@ -14,10 +16,10 @@ PAUSE_KEY = "wave-approval"  # one word a run, however often it is run again
 class WaveDecision(RunInput):
     """What is said of a gate."""
 
-    approve: bool = Field(
-        default=False,
-        title="Let it through",
-        description="On: what is behind the gate starts. Off: it is not started in this wave.",
+    decision: Literal["let through", "refuse"] = Field(
+        default="let through",
+        title="Decision",
+        description="let through: what is behind the gate starts. refuse: it is not started in this wave.",
     )
     note: str = Field(default="", title="Note", description="Why; it stays with the run.")
 
@@ -36,6 +38,6 @@ async def wave_approval(wave: str, gate: str, words: str = "") -> str:
     """
     form = WaveDecision.with_initial_data(description=words or f"Let {gate} of wave {wave} through?")
     decision = await asuspend_flow_run(wait_for_input=form, timeout=None, key=PAUSE_KEY)
-    if not decision.approve:
+    if decision.decision == "refuse":
         raise NotApproved(what=f"{gate} of wave {wave}", why=f": {decision.note}" if decision.note else "")
     return decision.note
