@@ -15,7 +15,7 @@ APT_TEST := libxml2-utils openssl procps curl e2fsprogs fdisk mount nbdkit busyb
 # What a boot check needs; chromium draws the UI; GRUB is for guests made here; the rest is a libvirtd of the test's own.
 APT_BOOT := qemu-system-x86 libvirt-daemon-driver-qemu ovmf
 APT_E2E := $(APT_BOOT) chromium grub-common iproute2 libvirt-daemon swtpm swtpm-tools
-APT_BENCH := nginx-light libnbd-bin
+APT_BENCH := nginx-light libnbd-bin postgresql
 
 .PHONY: help setup setup-test setup-e2e demo test lint format e2e soak bench lab up down clean constraints cassettes
 

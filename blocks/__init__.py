@@ -4,5 +4,6 @@ from blocks.esxi import ESXiHost
 from blocks.nbd import NbdSource
 from blocks.vcenter import VCenter
 from blocks.vddk import VddkToolkit
+from blocks.wave import MigrationWave
 
-__all__ = ["ESXiHost", "NbdSource", "VCenter", "VddkToolkit"]
+__all__ = ["ESXiHost", "MigrationWave", "NbdSource", "VCenter", "VddkToolkit"]

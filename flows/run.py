@@ -20,7 +20,7 @@ from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from tasks.errors import PrefectUnreachable
-from tasks.models import DownloadJob, ExportJob, ExportOptions, JobOptions, SyncJob, VddkJob, WarmJob
+from tasks.models import ExportJob, ExportOptions, JobOptions, VddkJob
 from tasks.process import dying_with_us
 
 if TYPE_CHECKING:
@@ -34,6 +34,11 @@ T = TypeVar("T")
 
 def flow_of(options: ExportOptions, vcenter: VCenter) -> Callable[[], Awaitable[Any]]:
     """Return the flow of the mode that the options name, ready to be called. Raises NotBuilt, InvalidInput."""
+    return flow_for(options.export_mode, vcenter, options.job(), options)
+
+
+def flow_for(mode: str, vcenter: VCenter, job: JobOptions, options: ExportOptions) -> Callable[[], Awaitable[Any]]:
+    """Return the flow of a mode, ready to be called. options: say what roads need beside the mode's own options."""
     from blocks import VddkToolkit
     from flows.cbt_sync import cbt_sync
     from flows.download_only import download_only
@@ -42,7 +47,6 @@ def flow_of(options: ExportOptions, vcenter: VCenter) -> Callable[[], Awaitable[
     from flows.vddk_download import vddk_download
     from flows.warm_migration import warm_migration
 
-    job = options.job()
     if isinstance(job, VddkJob):
         toolkit = VddkToolkit(libdir=options.vddk_libdir)
         return partial(vddk_download, vcenter=vcenter, toolkit=toolkit, options=job)
@@ -53,12 +57,12 @@ def flow_of(options: ExportOptions, vcenter: VCenter) -> Callable[[], Awaitable[
             return await export_vm(vcenter=vcenter, options=job, **(given | await saved_blocks(options)))
 
         return export
-    flows: dict[type[JobOptions], Callable[..., Awaitable[Any]]] = {
-        DownloadJob: download_only,
-        SyncJob: cbt_sync,
-        WarmJob: warm_migration,
+    flows: dict[str, Callable[..., Awaitable[Any]]] = {
+        "download_only": download_only,
+        "cbt_sync": cbt_sync,
+        "warm_migration": warm_migration,
     }
-    return partial(flows[type(job)], vcenter=vcenter, options=job)
+    return partial(flows[mode], vcenter=vcenter, options=job)
 
 
 async def run_flow(flow: Callable[..., Awaitable[T]], *, say: Callable[[str], None], **parameters: Any) -> T:

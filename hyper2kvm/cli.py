@@ -20,7 +20,7 @@ from typing import Annotated, Any, TypeVar
 from cyclopts import App, Parameter
 from pydantic import ValidationError
 
-from hyper2kvm import __version__
+from hyper2kvm import __version__, fleet
 from hyper2kvm.settings import Settings, password_from
 from hyper2kvm.terminal import (
     Board,
@@ -56,7 +56,6 @@ from tasks.models import (
 )
 from tasks.text import one_line
 
-LATER_ACTIONS = ("preflight",)
 MODES = {
     "export-vm": "export",
     "download-vm": "download_only",
@@ -64,7 +63,7 @@ MODES = {
     "cbt-sync": "cbt_sync",
     "warm-migrate": "warm_migration",
 }
-ACTIONS = (*MODES, "rollback", "verify", "boot-check", "janitor", "list-vms")
+ACTIONS = (*MODES, "rollback", "verify", "boot-check", "preflight", "wave", "janitor", "list-vms")
 STOPPING = "Stopping: the transfer ends, then the snapshot is removed"
 INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
 
@@ -157,6 +156,10 @@ def vsphere(
     vddk_disk: str = "",
     all_disks: Annotated[bool, Parameter(negative=())] = False,
     remove: Annotated[bool, Parameter(negative=())] = False,
+    wave: Path | None = None,
+    mode: str = "export",
+    dry_run: Annotated[bool, Parameter(negative=())] = False,
+    simulate: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
     debug: Annotated[bool, Parameter(negative=())] = False,
 ) -> int:
@@ -165,11 +168,11 @@ def vsphere(
     Parameters
     ----------
     what
-        With list-vms: a pattern, only VMs whose name or inventory path matches. With verify, boot-check and rollback:
-        the folder of a copy. With janitor: the folder of copies.
+        With list-vms and preflight: a pattern, only VMs whose name or inventory path matches. With verify, boot-check
+        and rollback: the folder of a copy. With janitor: the folder of copies.
     vs_action
-        export-vm, download-vm, vddk-export, cbt-sync, warm-migrate, rollback, verify, boot-check, janitor
-        or list-vms.
+        export-vm, download-vm, vddk-export, cbt-sync, warm-migrate, rollback, verify, boot-check, preflight, wave,
+        janitor or list-vms.
     vcenter
         Name or address; host:port is understood. boot-check needs none, verify only with --against-source.
     username
@@ -303,6 +306,15 @@ def vsphere(
         With vddk-export: every disk of the VM.
     remove
         With janitor: remove what may go; else it is only told.
+    wave
+        With wave: the YAML or CSV file that describes it.
+    mode
+        With preflight and wave: export, download_only, vddk_download or cbt_sync, where the wave's file says nothing.
+    dry_run
+        With wave: check every VM and print the plan; start nothing.
+    simulate
+        With wave: play the schedule of a fleet of 10,000 VMs (or of the wave's plan, with --wave) and print how long it
+        takes; nothing is started.
     json
         Print the result (or the error) as JSON on stdout.
     debug
@@ -380,8 +392,8 @@ def vsphere(
 
     def act() -> int:
         if vs_action in MODES:
-            mode = {"export_mode": MODES[vs_action]}
-            return _run_mode(_checked(options | mode, vs_action), settings(), json=json)
+            chosen = options | {"export_mode": MODES[vs_action]}
+            return _run_mode(_checked(chosen, vs_action), settings(), json=json)
         if vs_action == "list-vms":
             return _list(what or "*", settings(), json=json)
         if vs_action == "verify":
@@ -398,9 +410,16 @@ def vsphere(
         if vs_action == "janitor":
             folders = (Path(what).absolute(),) if what else ()
             return _janitor(JanitorJob(folders=folders, remove=remove), settings() if vcenter else None, json=json)
+        if vs_action == "preflight":
+            selected = [each for each in (vs_vm_name, what) if each]
+            check = fleet.preflight_job(_given("--vs-vm-name", selected or None, vs_action), mode, options)
+            return fleet.preflight(check, settings(), json=json, shown=_shown)
+        if vs_action == "wave" and simulate and wave is None:
+            return fleet.simulate_fleet(json=json)
+        if vs_action == "wave":
+            plan = fleet.wave_of(_given("--wave", wave, vs_action), mode, options, dry_run=dry_run or simulate)
+            return fleet.run_wave(plan, settings(), simulate=simulate, json=json, shown=_shown)
         actions = f"{', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}"
-        if vs_action in LATER_ACTIONS:
-            raise NotBuilt(what=f"--vs-action {vs_action}", instead=actions)
         raise InvalidInput(what="--vs-action", why=f"unknown {vs_action!r}", remedy=f"Use {actions}")
 
     _quiet_logs(debug)

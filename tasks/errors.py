@@ -52,6 +52,9 @@
     ├── BootFailed                   the copy is there, and its domain was seen not to start
     ├── BootUnproven                 the same, and nothing proves that it starts or that it does not
     ├── JanitorUnfinished            something could not be looked at, or not be removed
+    ├── PreflightRefused             what would stop a run, found before it
+    ├── WaveIncomplete               a wave that has ended, and not all of its VMs are done
+    ├── NotApproved                  a gate of a wave that somebody did not let through
     ├── ToolMissing
     └── ToolFailed                   a program that we ran, with its last lines
 
@@ -473,3 +476,21 @@ class ToolFailed(Hyper2KvmError):
             argv=argv, status=status, last_lines=last_lines, remedy=remedy,
             tool=argv[0], outcome=outcome, last_line=last_line,
         )  # fmt: skip
+
+
+class PreflightRefused(Hyper2KvmError):
+    """{count} of {all} VMs cannot be run: {names}"""
+
+    remedy = "Do what the report says of each, then run again"
+
+
+class WaveIncomplete(Hyper2KvmError):
+    """Wave {wave}: {done} of {all} VMs are done; {rest}"""
+
+    remedy = "See the wave's report for each; Retry (or the same command) runs what is not done, and nothing twice"
+
+
+class NotApproved(Hyper2KvmError):
+    """{what} was not approved{why}"""
+
+    remedy = "Run again, and approve it, once what was missing is there"

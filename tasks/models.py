@@ -346,7 +346,7 @@ class VirtualDisk(Value):
 
     `datastore_path` is `[datastore] folder/x.vmdk`; `parents` the same of the backings below it, nearest first.
     `object_id` names the vSAN or vVol object that the disk is; None for one that lies in files.
-    `problem` and `remedy` say why no road of ours can copy it; None if one can.
+    `problem` and `remedy` say why no road of ours can copy it, `problem_kind` in a word; None if one can.
     """
 
     index: int
@@ -362,6 +362,7 @@ class VirtualDisk(Value):
     uuid: str | None = None
     change_id: str | None = None
     parents: tuple[str, ...] = ()
+    problem_kind: str | None = None
     problem: str | None = None
     remedy: str | None = None
 

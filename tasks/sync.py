@@ -19,6 +19,7 @@ from tasks.images.base import Base
 from tasks.images.copy import Limits
 from tasks.images.state import JobState
 from tasks.images.sync import Synced, bring_up_to_date, count
+from tasks.limits import lease, resources_of
 from tasks.models import Connection, Extent, Manifest, VirtualDisk, VirtualMachine
 from tasks.rate import RATE
 from tasks.road import opened
@@ -45,7 +46,8 @@ async def sync_disk(vcenter: VCenter, job: JobState, base: Base, folder: Path, *
     """
     stop, started = threading.Event(), time.monotonic()
     label, key = f"sync {job.vm.name} disk {base.image.index}", f"sync-{job.vm.moref}-disk-{base.image.index}"
-    async with metered(label, base.disk.capacity_bytes, key=key) as meter:
+    slots = lease(resources_of(job.vm, [base.disk]), vcenter=vcenter.host)
+    async with slots, metered(label, base.disk.capacity_bytes, key=key) as meter:
         where = (connection_of(vcenter), job, base, folder)
         synced = await in_thread(_sync, stop, *where, meter, stop, skip_readback=skip_readback)
     get_run_logger().info(

@@ -16,6 +16,7 @@ from tasks.errors import ChangeIdInvalid
 from tasks.fetch import fetch
 from tasks.images.output import DiskFiles
 from tasks.images.state import JobState
+from tasks.limits import lease, resources_of
 from tasks.models import Arrival, ArrivalFormat, Connection, Extent, VirtualDisk
 from tasks.road import opened
 from tasks.steps import connection_of, in_thread, metered
@@ -36,7 +37,10 @@ async def transfer(
     """
     stop, started = threading.Event(), time.monotonic()
     label, key = f"transfer {job.vm.name} disk {disk.index}", f"transfer-{job.vm.moref}-disk-{disk.index}"
-    async with metered(label, disk.capacity_bytes, key=key) as meter:
+    async with (
+        lease(resources_of(job.vm, [disk]), vcenter=vcenter.host),
+        metered(label, disk.capacity_bytes, key=key) as meter,
+    ):
         source = opened(disk, job, connection_of(vcenter), stop=stop)
         result = await in_thread(
             fetch,

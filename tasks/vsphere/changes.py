@@ -32,11 +32,7 @@ def enable_tracking(session: Session, vm: VirtualMachine, *, name: str, descript
     """
     entity = session.entity(vim.VirtualMachine, vm.moref)
     if retrieve(session, [entity], ("snapshot",)).get(entity, {}).get("snapshot"):
-        raise FenceClosed(
-            vm=vm.name,
-            reason="it has snapshots, below which changed block tracking would see nothing",
-            remedy="Remove the VM's snapshots in vSphere, then run again with --enable-cbt",
-        )
+        raise blind_tracking(vm.name)
     spec = vim.vm.ConfigSpec(changeTrackingEnabled=True)
     action = f"changed block tracking of {vm.name}"
     run_task(session, action, lambda: entity.ReconfigVM_Task(spec), timeout_s=RECONFIGURE_TIMEOUT_S)
@@ -49,6 +45,15 @@ def enable_tracking(session: Session, vm: VirtualMachine, *, name: str, descript
             vm=vm.name, why=f"it is on, and after a snapshot {', '.join(deaf)} has no changeId all the same"
         )
     log.info("changed block tracking switched on vm=%s", vm.moref)
+
+
+def blind_tracking(name: str) -> FenceClosed:
+    """Return why tracking is not switched on for a VM that has snapshots."""
+    return FenceClosed(
+        vm=name,
+        reason="it has snapshots, below which changed block tracking would see nothing",
+        remedy="Remove the VM's snapshots in vSphere, then run again with --enable-cbt",
+    )
 
 
 def changed_extents(

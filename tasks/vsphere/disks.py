@@ -61,7 +61,7 @@ def disks_among(devices: Any) -> tuple[VirtualDisk, ...]:
 
 def _described(index: int, device: Any, shared: set[int]) -> VirtualDisk:
     backing = device.backing
-    problem, remedy = _problem(device, shared)
+    kind, problem, remedy = _problem(device, shared)
     return VirtualDisk(
         index=index,
         key=device.key,
@@ -76,6 +76,7 @@ def _described(index: int, device: Any, shared: set[int]) -> VirtualDisk:
         uuid=getattr(backing, "uuid", None),
         change_id=getattr(backing, "changeId", None),
         parents=_parents(backing),
+        problem_kind=kind,
         problem=problem,
         remedy=remedy,
     )
@@ -88,18 +89,20 @@ def _parents(backing: Any) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def _problem(device: Any, shared: set[int]) -> tuple[str | None, str | None]:
-    """Return why no road of ours can copy a disk, and what to do; (None, None) if one can."""
+def _problem(device: Any, shared: set[int]) -> tuple[str | None, str | None, str | None]:
+    """Return why no road of ours can copy a disk, in a word and in words, and what to do; Nones if one can."""
     backing = device.backing
     if isinstance(backing, _Disk.RawDiskMappingVer1BackingInfo):
-        return "it is a raw device mapping", "Map the LUN on the KVM side, or migrate it to a VMDK first"
+        return "rdm", "it is a raw device mapping", "Map the LUN on the KVM side, or migrate it to a VMDK first"
     if (mode := getattr(backing, "diskMode", None) or "persistent") != "persistent":
-        return f"its mode is {mode}, so no snapshot holds it", "Make it dependent while the VM is off, or detach it"
+        remedy = "Make it dependent while the VM is off, or detach it"
+        return "independent-disk", f"its mode is {mode}, so no snapshot holds it", remedy
     if getattr(backing, "keyId", None):
-        return "it is encrypted by vSphere", "Decrypt the VM (storage policy) first"
+        return "encrypted", "it is encrypted by vSphere", "Decrypt the VM (storage policy) first"
     if device.controllerKey in shared or getattr(backing, "sharing", None) == "sharingMultiWriter":
-        return "it is shared with other VMs", "Stop the cluster, make the disk unshared, then run again"
-    return None, None
+        remedy = "Stop the cluster, make the disk unshared, then run again"
+        return "shared-disk", "it is shared with other VMs", remedy
+    return None, None, None
 
 
 def check_unchanged(

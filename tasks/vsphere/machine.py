@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pyVmomi import vim
 
 from tasks.errors import FenceClosed, PermissionMissing, UnsupportedDisk, VsphereFault
-from tasks.models import Controller, Device, Nic, VirtualMachine
+from tasks.models import Controller, Device, Nic, VirtualDisk, VirtualMachine
 from tasks.vsphere import names
 from tasks.vsphere.disks import disks_among
 from tasks.vsphere.names import label_of, type_name
@@ -44,19 +44,46 @@ def describe_vm(session: Session, moref: str) -> VirtualMachine:
     Raises VsphereFault for a VM that vSphere itself cannot read (orphaned, inaccessible).
     """
     vm = session.entity(vim.VirtualMachine, moref)
-    found = retrieve(session, [vm], _PROPERTIES).get(vm, {})
+    ((_, described, _),) = describe_vms(session, [vm])
+    if isinstance(described, VsphereFault):
+        raise described
+    return described
+
+
+def describe_vms(
+    session: Session, vms: Sequence[Any], more: Iterable[str] = ()
+) -> Iterator[tuple[Any, VirtualMachine | VsphereFault, Mapping[str, Any]]]:
+    """Yield each VM with its description, and the properties read, `more` among them. As many round trips as for one.
+
+    In place of a description there is why vSphere has none.
+    """
+    read = retrieve(session, vms, (*_PROPERTIES, *more))
+    unreadable = {vm: fault for vm in vms if (fault := _unreadable(vm, read.get(vm, {})))}
+    whole = {vm: read[vm] for vm in vms if vm not in unreadable}
+    places = dict.fromkeys(each for found in whole.values() for each in (found["runtime.host"], names.home(found)))
+    known = ancestors(session, [each for each in places if each is not None])
+    networks = dict.fromkeys(each for found in whole.values() for each in found.get("network") or ())
+    portgroups = portgroup_names(session, networks)
+    for vm in vms:
+        if fault := unreadable.get(vm):
+            yield vm, fault, read.get(vm, {})
+            continue
+        found = read[vm]
+        line = known | {vm: {"name": found["name"], "parent": names.home(found)}}
+        place = _place(session, vm, found["runtime.host"], line)
+        described = VirtualMachine(**_identity(vm, found), **place, **_hardware(found, portgroups))
+        yield vm, described, found
+
+
+def _unreadable(vm: Any, found: Mapping[str, Any]) -> VsphereFault | None:
     missing = [name for name in _NEEDED if name not in found]
-    if missing:
-        raise VsphereFault(
-            action=f"a description of VM {found.get('name', moref)}",
-            fault=f"it does not know its {', '.join(missing)} (an orphaned or inaccessible VM)",
-            remedy="Look at the VM's state in vSphere; register it again if it is orphaned",
-        )
-    host, home = found["runtime.host"], names.home(found)
-    known = ancestors(session, [each for each in (host, home) if each is not None])
-    known[vm] = {"name": found["name"], "parent": home}
-    hardware = _hardware(found, portgroup_names(session, found.get("network") or ()))
-    return VirtualMachine(**_identity(vm, found), **_place(session, vm, host, known), **hardware)
+    if not missing:
+        return None
+    return VsphereFault(
+        action=f"a description of VM {found.get('name', vm._moId)}",
+        fault=f"it does not know its {', '.join(missing)} (an orphaned or inaccessible VM)",
+        remedy="Look at the VM's state in vSphere; register it again if it is orphaned",
+    )
 
 
 def check_fence(session: Session, vm: VirtualMachine, *, chains: bool = False) -> None:
@@ -68,20 +95,38 @@ def check_fence(session: Session, vm: VirtualMachine, *, chains: bool = False) -
     """
     entity = session.entity(vim.VirtualMachine, vm.moref)
     found = retrieve(session, [entity], ("runtime.consolidationNeeded", "config.hardware.device")).get(entity, {})
-    if found.get("runtime.consolidationNeeded"):
-        raise FenceClosed(
-            vm=vm.name,
+    disks = () if chains else disks_among(found.get("config.hardware.device", ()))
+    for problem in fence_problems(vm.name, needs_consolidation(found), disks):
+        raise problem
+
+
+def needs_consolidation(found: Mapping[str, Any]) -> bool:
+    """Whether vSphere says so, in the properties read of a VM."""
+    return bool(found.get("runtime.consolidationNeeded"))
+
+
+def fence_problems(
+    name: str, consolidation: bool, disks: Iterable[VirtualDisk]
+) -> Iterator[FenceClosed | UnsupportedDisk]:
+    """Yield why a snapshot of the VM `name` would be of no use for its live `disks`, the worst first."""
+    if consolidation:
+        yield FenceClosed(
+            vm=name,
             reason="vSphere says that its disks need consolidation",
             remedy="Consolidate it in vSphere first (Snapshots > Consolidate)",
+            kind="consolidation",
         )
-    for disk in () if chains else disks_among(found.get("config.hardware.device", ())):
+    for disk in disks:
         if disk.problem:
-            raise UnsupportedDisk(disk=disk.title, reason=disk.problem, remedy=disk.remedy)
-        if disk.parents:
-            raise FenceClosed(
-                vm=vm.name,
+            yield UnsupportedDisk(
+                disk=disk.title, reason=disk.problem, remedy=disk.remedy, kind=disk.problem_kind or "disk"
+            )
+        elif disk.parents:
+            yield FenceClosed(
+                vm=name,
                 reason=f"{disk.label} runs on a snapshot already ({disk.datastore_path})",
                 remedy="Remove the VM's snapshots in vSphere, or copy from one of them (--vs-snapshot-moref)",
+                kind="snapshots",
             )
 
 

@@ -115,7 +115,7 @@ def fill_in(schema: dict[str, Any], definitions: dict[str, Any], values: dict[st
         return {"$ref": {"block_document_id": block}}
     return {
         name: values[name] if name in values else fill_in(schema["properties"][name], definitions, values, block=block)
-        for name in schema["required"]
+        for name in schema.get("required", ())
     }
 
 
@@ -201,6 +201,8 @@ FORMS = {
     "boot-check": "options.folder",
     "warm-migration": "options.cutover_at",
     "rollback": "options.folder",
+    "preflight": "options.select",
+    "migration-wave": "wave.window.stop",
 }
 
 

@@ -163,10 +163,10 @@ def test_a_failure_as_json_has_cause_and_remedy(lab, tmp_path, api):
     assert {"cause", "remedy"} <= set(said)
 
 
-def test_an_action_of_the_source_that_is_not_built_is_refused_by_name(lab):
-    done = run_command(lab, "preflight", "--vs-vm-name", "x", "--output-dir", "/x")
+def test_an_action_that_there_is_not_is_refused_with_those_that_there_are(lab):
+    done = run_command(lab, "teleport-vm", "--vs-vm-name", "x", "--output-dir", "/x")
     assert done.returncode == 2
-    assert "preflight is not built yet" in done.stderr
+    assert "unknown 'teleport-vm'" in done.stderr and "preflight, wave or list-vms" in done.stderr
 
 
 def test_the_password_comes_from_a_file_and_from_nowhere_else_in_argv(lab, tmp_path):

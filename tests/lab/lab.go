@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/vmware/govmomi/simulator"
+	_ "github.com/vmware/govmomi/vapi/simulator" // tags, by REST
 	"github.com/vmware/govmomi/vim25"
 	"github.com/vmware/govmomi/vim25/types"
 )
@@ -128,6 +129,7 @@ func (l *lab) serve() error {
 	service := l.model.Service
 	service.Listen = &url.URL{Host: l.opts.listen, User: url.UserPassword(l.opts.username, l.opts.password)}
 	service.TLS = &tls.Config{Certificates: []tls.Certificate{l.certs.leaf}}
+	service.RegisterEndpoints = true // tags, by REST
 	l.server = service.NewServer()
 	l.server.Config.Handler = l.front(l.server.Config.Handler)
 	if l.opts.esx {

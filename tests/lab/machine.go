@@ -181,6 +181,12 @@ func (m *machine) setStates() {
 		r.RecordReplayState = types.VirtualMachineRecordReplayStateInactive
 		r.Host = m.Runtime.Host
 	}
+	m.Config.Template, m.Summary.Config.Template = m.spec.Template, m.spec.Template
+	if m.spec.FaultTolerance {
+		m.Runtime.FaultToleranceState = types.VirtualMachineFaultToleranceStateRunning
+		m.Summary.Runtime.FaultToleranceState = m.Runtime.FaultToleranceState
+	}
+	m.DisabledMethod = append(m.DisabledMethod, m.spec.DisabledMethods...)
 	for _, d := range m.disks {
 		if d.spec.Encrypted {
 			m.Config.KeyId = d.keyID()

@@ -22,6 +22,8 @@
 //	      "snapshots": [{"name": "s", "description": "", "writes": "1MiB"}],   made by somebody else, in a chain
 //	      "cbt": false,                                     changed blocks are tracked from the start: see cbt.go
 //	      "consolidation_needed": false,                    deltas that no snapshot explains
+//	      "template": false, "fault_tolerance": false,      config.template; runtime.faultToleranceState running
+//	      "disabled_methods": ["RelocateVM_Task"],          refused with MethodDisabled, and named in disabledMethod
 //	      "instance_uuid": "", "bios_uuid": "",             drawn when not given
 //	      "cores_per_socket": 1, "secure_boot": false,
 //	      "boot": [2001, 4000],                             boot order: keys of disks and cards
@@ -163,6 +165,10 @@ type vmSpec struct {
 	BIOSUUID     string     `json:"bios_uuid"`
 	NICs         []nicSpec  `json:"nics"`
 	Disks        []diskSpec `json:"disks"`
+
+	Template        bool     `json:"template"`
+	FaultTolerance  bool     `json:"fault_tolerance"`
+	DisabledMethods []string `json:"disabled_methods"`
 
 	CoresPerSocket int32    `json:"cores_per_socket"`
 	SecureBoot     bool     `json:"secure_boot"`

@@ -41,6 +41,10 @@ func (l *lab) wrapper(ref types.ManagedObjectReference) mo.Reference {
 		return nil
 	}
 	switch ref.Type {
+	case "AuthorizationManager":
+		if m, ok := l.ctx.Map.Get(ref).(*simulator.AuthorizationManager); ok {
+			return &authorization{AuthorizationManager: m, lab: l}
+		}
 	case "OvfManager":
 		if o, ok := l.ctx.Map.Get(ref).(*simulator.OvfManager); ok {
 			return &ovfManager{o, l}

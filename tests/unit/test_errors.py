@@ -60,6 +60,9 @@ EXAMPLES = {
     errors.BootFailed: {"domain": "web", "recognised": "No bootable device.", "folder": "/data/web"},
     errors.BootUnproven: {"domain": "web", "recognised": "nothing was recognised", "folder": "/data/web"},
     errors.JanitorUnfinished: {"count": 2, "first": "vcenter.example.com:443: it does not answer", "found": None},
+    errors.PreflightRefused: {"count": 1, "all": 2, "names": "web"},
+    errors.WaveIncomplete: {"wave": "one", "done": 1, "all": 2, "rest": "1 failed"},
+    errors.NotApproved: {"what": "plan of wave one", "why": ": not today"},
     errors.ToolMissing: {"tool": "virt-qemu-run", "purpose": "to look", "package": "libvirt-daemon-driver-qemu"},
     errors.ToolFailed: {"argv": ("qemu-img", "convert"), "status": 1, "last_lines": ("no such file",)},
 }
