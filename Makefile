@@ -131,10 +131,10 @@ lab: setup ## a simulated vCenter in the foreground; ends with Ctrl-C
 	@build/lab -disks 2
 
 up: setup ## Prefect server, worker, lab and deployments on this machine
-	@$(PY) deployments/local.py up
+	@$(PY) -m deployments.local up
 
 down: ## end what `make up` started
-	@[ ! -x $(PY) ] || $(PY) deployments/local.py down
+	@[ ! -x $(PY) ] || $(PY) -m deployments.local down
 
 clean: down ## remove what was built and left behind; other exports stay
 	@[ -x $(PY) ] || [ ! -d .lab ] || { echo "make setup first: something that make up started may run"; exit 1; }
