@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import socket
+from abc import ABC
 from typing import Annotated
 
 import anyio
@@ -22,10 +23,11 @@ POLL_S = 0.5
 app = App(help=__doc__)
 
 
-class DrainingWorker(ProcessWorker):
-    """A process worker that can be told to take no more runs."""
+class DrainingWorker(ProcessWorker, ABC):
+    """A process worker that can be told to take no more runs.
 
-    type = "process-draining"  # among the workers that this process knows; the pool's type is "process"
+    `ABC`, which Prefect registers no worker type for: of type "process" there is one already, and this is it.
+    """
 
     def __init__(self, *, work_pool_name: str, name: str, limit: int) -> None:
         super().__init__(work_pool_name=work_pool_name, name=name, limit=limit, create_pool_if_not_found=False)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,16 @@ class Fleet:
 
     def api(self, path: str, **body: Any) -> Any:
         """GET without a body, else POST."""
+        return self._ask("POST" if body else "GET", path, body or None)
+
+    def post(self, path: str, body: Any) -> Any:
+        return self._ask("POST", path, body)
+
+    def _ask(self, method: str, path: str, body: Any) -> Any:
         user, _, password = self.auth.partition(":")
         answer = httpx.request(
-            "POST" if body else "GET", f"{self.api_url}/{path}", json=body or None, auth=(user, password),
-            timeout=30, trust_env=False,
-        )  # fmt: skip
+            method, f"{self.api_url}/{path}", json=body, auth=(user, password), timeout=30, trust_env=False
+        )
         assert answer.is_success, answer.text
         return answer.json() if answer.content else None
 
@@ -99,9 +104,11 @@ class Fleet:
     def start_services(self) -> None:
         self.start("services", "-m prefect --no-prompt server services start", self.of_server)
 
-    def start_worker(self, name: str, limit: int = 2) -> None:
-        self.start(name, f"-m deployments.worker --name {name} --limit {limit}", self.of_worker(name))
-        await_that(lambda: "started!" in self.log(name), START_TIMEOUT_S, lambda: "no worker" + self.tail(name))
+    def start_workers(self, *names: str, limit: int) -> None:
+        for name in names:
+            self.start(name, f"-m deployments.worker --name {name} --limit {limit}", self.of_worker(name))
+        for name in names:
+            await_that(lambda name=name: "started!" in self.log(name), START_TIMEOUT_S, lambda: self.tails())
 
     def healthy(self) -> bool:
         try:
@@ -117,6 +124,9 @@ class Fleet:
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def tails(self) -> str:
+        return "".join(self.tail(log.stem) for log in sorted(self.folder.glob("*.log")))
 
     def tail(self, name: str) -> str:
         return f"\n── {name}\n" + "\n".join(self.log(name).splitlines()[-40:])
@@ -142,8 +152,8 @@ def await_that(holds: Callable[[], bool], timeout_s: float, otherwise: Callable[
 
 
 @contextmanager
-def fleet(folder: Path, *, workers: int) -> Iterator[Fleet]:
-    """Run a fleet for the block: server, services and `workers` workers named worker-0 and so on, deployed to."""
+def fleet(folder: Path, *, workers: Sequence[str], limit: int = 1) -> Iterator[Fleet]:
+    """Run a fleet for the block: server, services and workers of these names, `limit` runs each, deployed to."""
     with postgres() as database, redis() as redis_url:
         it = Fleet(folder, database, redis_url)
         try:
@@ -151,8 +161,7 @@ def fleet(folder: Path, *, workers: int) -> Iterator[Fleet]:
             it.start_services()
             it.start_server()
             it.run("-m deployments.deploy", it.of_worker())
-            for number in range(workers):
-                it.start_worker(f"worker-{number}")
+            it.start_workers(*workers, limit=limit)
             yield it
         finally:
             for name in list(it.processes):
