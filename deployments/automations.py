@@ -9,9 +9,10 @@ from datetime import timedelta
 
 from prefect.automations import AutomationCore
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
-from prefect.events.schemas.automations import EventTrigger, Posture, ResourceSpecification
-from prefect.states import StateType
+from prefect.events.schemas.automations import EventTrigger, Posture
+from prefect.events.schemas.events import ResourceSpecification
 
 HEARTBEAT_S = 30  # of a run; Prefect's own 180 s would make a window of three of them too long to be of use
 ZOMBIE_AFTER = timedelta(seconds=4 * HEARTBEAT_S)  # at least three: one late or lost event is not a death
@@ -48,13 +49,10 @@ def zombie(window: timedelta = ZOMBIE_AFTER) -> AutomationCore:
 
 def upsert(automation: AutomationCore, *, client: SyncPrefectClient) -> None:
     """Create `automation`, or bring that of its name up to date; its namesakes go, and one switched off stays so."""
-    first, *others = client.read_automations_by_name(automation.name) or [None]
-    for other in others:
-        assert other
+    there = client.read_automations_by_name(automation.name)
+    for other in there[1:]:
         client.delete_automation(other.id)
-    if first is None:
-        client.create_automation(automation)
+    if there:
+        client.update_automation(there[0].id, automation.model_copy(update={"enabled": there[0].enabled}))
     else:
-        client.update_automation(first.id, automation.model_copy(update={"enabled": first.enabled}))
-
-
+        client.create_automation(automation)

@@ -1,4 +1,4 @@
-"""`make deploy`: brings a Prefect server up to what stands here: work pool, block types, deployments, limits, automations.
+"""`make deploy`: brings a Prefect server up to what stands here: pool, block types, deployments, limits, automations.
 
 Done twice, nothing is there twice; what operators changed (the pool's template, a limit's slots, an automation switched
 off) stays. Which server: `PREFECT_API_URL`, `PREFECT_API_AUTH_STRING`.

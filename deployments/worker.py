@@ -44,7 +44,7 @@ class DrainingWorker(ProcessWorker, ABC):
         self.draining = True
         async with self._asking:  # one last question may be under way, and start what is answered
             pass
-        while self.limiter.borrowed_tokens:
+        while self.limiter.borrowed_tokens:  # noqa: ASYNC110 - Prefect tells nobody when a slot is free
             await anyio.sleep(POLL_S)
 
 

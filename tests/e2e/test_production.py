@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,7 +23,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 from blocks import VCenter
 from deployments import automations
 from tasks.models import Manifest
-from tests.e2e.fleet import Fleet, await_that, fleet
+from tests.e2e.fleet import PRODUCTION, Fleet, await_that, fleet
 from tests.labs import Lab, running_lab
 from tests.runs import assert_equal_to_the_guests_disks
 
@@ -133,7 +135,9 @@ async def everything_in(url: str) -> dict[str, str]:
     """Return each table of a database, a row as JSON a line."""
     connection = await asyncpg.connect(url.replace("+asyncpg", ""))
     try:
-        names = [row[0] for row in await connection.fetch("select tablename from pg_tables where schemaname = 'public'")]
+        names = [
+            row[0] for row in await connection.fetch("select tablename from pg_tables where schemaname = 'public'")
+        ]
         return {
             name: "\n".join(row[0] for row in await connection.fetch(f'select to_jsonb(t)::text from "{name}" t'))
             for name in names
@@ -205,3 +209,15 @@ def test_a_worker_that_is_ended_lets_its_run_finish_and_takes_no_other(
     for vm in VMS:
         check_exported(lab, tmp_path, vm, tmp_path)
     del production.processes[drained]
+
+
+def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
+    units = sorted((PRODUCTION / "systemd").iterdir())
+    assert len(units) == 3
+    for unit in units:
+        text = unit.read_text()
+        assert "/opt/hyper2kvm/.venv/bin/python" in text
+        (tmp_path / unit.name).write_text(text.replace("/opt/hyper2kvm/.venv/bin/python", sys.executable))
+    argv = ["systemd-analyze", "verify", *(str(tmp_path / unit.name) for unit in units)]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
