@@ -22,7 +22,7 @@ def zombie(window: timedelta = ZOMBIE_AFTER) -> AutomationCore:
     """Return the automation that marks a run Crashed whose heartbeats stopped and which did not say that it ended.
 
     Any event of the run counts as a sign of life or as its end: a run that suspends itself beats no more, and is well.
-    "Crashed" is what Prefect shows, and nothing of ours takes it for a death: a job's lock and its own heartbeat decide.
+    "Crashed" is what Prefect shows, and nothing of ours takes it for a death: the lock and heartbeat of its job decide.
     """
     run = "prefect.flow-run"
     return AutomationCore(
@@ -40,8 +40,8 @@ def zombie(window: timedelta = ZOMBIE_AFTER) -> AutomationCore:
         actions=[
             ChangeFlowRunState(
                 state=StateType.CRASHED,
-                message=f"No heartbeat for {window.total_seconds():.0f} s: its worker or machine may be lost. Run it again: "
-                "it goes on where it was.",
+                message=f"No heartbeat for {window.total_seconds():.0f} s: its worker or machine may be lost. "
+                "Run it again: it goes on where it was.",
             )
         ],
     )
