@@ -154,17 +154,26 @@ def test_the_api_is_refused_without_its_password(production: Fleet, auth: tuple[
     assert production.api("flow_runs/filter", limit=1)
 
 
-def test_a_run_whose_heartbeats_stop_is_crashed_and_one_that_is_suspended_is_not(production: Fleet) -> None:
-    """The shipped automation, with a shorter window, so that it is not waited for."""
+@pytest.fixture
+def hasty(production: Fleet) -> Iterator[timedelta]:
+    """The shipped automation with a window that is not waited for, real runs' beats being farther apart."""
     window = timedelta(seconds=10)
     with spoken_to(production), get_client(sync_client=True) as client:
         automations.upsert(automations.zombie(window), client=client)
+        yield window
+        automations.upsert(automations.zombie(), client=client)
+
+
+def test_a_run_whose_heartbeats_stop_is_crashed_and_one_that_is_suspended_is_not(
+    production: Fleet, hasty: timedelta
+) -> None:
     dead, suspended = running(production), running(production)
     for run in (dead, suspended):
         beat(production, run)
     production.api(f"flow_runs/{suspended}/set_state", state={"type": "PAUSED", "name": "Suspended"}, force=True)
     await_that(lambda: state(production, dead) == "Crashed", 60, lambda: "not crashed" + production.tails())
-    assert "No heartbeat for 10 s" in production.api(f"flow_runs/{dead}")["state"]["message"]
+    message = production.api(f"flow_runs/{dead}")["state"]["message"]
+    assert f"No heartbeat for {hasty.seconds} s" in message
     assert state(production, suspended) == "Suspended"
 
 
