@@ -14,10 +14,10 @@ APT := qemu-utils util-linux mtools libvirt-clients gcc libc6-dev libssl-dev $(s
 APT_TEST := libxml2-utils openssl procps curl e2fsprogs fdisk mount nbdkit busybox openssh-client openssh-server
 # What a boot check needs; chromium draws the UI; GRUB is for guests made here; the rest is a libvirtd of the test's own.
 APT_BOOT := qemu-system-x86 libvirt-daemon-driver-qemu ovmf
-APT_E2E := $(APT_BOOT) chromium grub-common iproute2 libvirt-daemon swtpm swtpm-tools
+APT_E2E := $(APT_BOOT) chromium grub-common iproute2 libvirt-daemon swtpm swtpm-tools postgresql redis-server
 APT_BENCH := nginx-light libnbd-bin postgresql
 
-.PHONY: help setup setup-test setup-e2e demo test lint format e2e soak bench lab up down clean constraints cassettes
+.PHONY: help setup setup-test setup-e2e demo test lint format e2e soak bench lab up down deploy clean constraints cassettes
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -26,7 +26,7 @@ setup: build/.apt build/.venv build/lab build/vixdisklib/judge ## system package
 
 setup-test: setup build/.apt-test build/govc build/plain
 
-setup-e2e: setup-test build/.apt-e2e
+setup-e2e: setup-test build/.apt-e2e build/.venv-production
 
 # ── set-up, each a stamp ─────────────────────────────────────────────────────────────────────────────
 
@@ -53,7 +53,11 @@ build/.apt-e2e:
 build/.apt-bench:
 	$(call apt_install,$(APT_BENCH))
 
-build/.venv-bench: build/.venv
+build/.venv-production: build/.venv
+	@$(VENV)/bin/uv pip install -q --python $(PY) -c constraints.txt -e '.[production]'
+	@touch $@
+
+build/.venv-bench: build/.venv build/.venv-production
 	@$(VENV)/bin/uv pip install -q --python $(PY) -c constraints.txt -e '.[bench]'
 	@touch $@
 
@@ -100,7 +104,7 @@ build/govc build/plain: build/%: build/.venv tests/lab/%/main.go tests/lab/go.mo
 
 constraints: build/.venv ## pin the newest versions that fit, by name and number
 	@printf 'uv\nsetuptools\ngo-bin\n' | $(VENV)/bin/uv pip compile -q --upgrade --no-header --no-annotate \
-	  --no-emit-index-url --universal --python-version 3.11 --extra test --extra lint --extra bench pyproject.toml - -o constraints.txt
+	  --no-emit-index-url --universal --python-version 3.11 --extra test --extra lint --extra bench --extra production pyproject.toml - -o constraints.txt
 
 # ── what it is for ───────────────────────────────────────────────────────────────────────────────────
 
@@ -133,10 +137,13 @@ lab: setup ## a simulated vCenter in the foreground; ends with Ctrl-C
 	@build/lab -disks 2
 
 up: setup ## Prefect server, worker, lab and deployments on this machine
-	@$(PY) deployments/local.py up
+	@$(PY) -m deployments.local up
+
+deploy: build/.venv ## what deployments/ says, to the Prefect server of PREFECT_API_URL
+	@$(PY) -m deployments.deploy
 
 down: ## end what `make up` started
-	@[ ! -x $(PY) ] || $(PY) deployments/local.py down
+	@[ ! -x $(PY) ] || $(PY) -m deployments.local down
 
 clean: down ## remove what was built and left behind; other exports stay
 	@[ -x $(PY) ] || [ ! -d .lab ] || { echo "make setup first: something that make up started may run"; exit 1; }

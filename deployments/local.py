@@ -24,12 +24,14 @@ from typing import Any
 
 import httpx
 
+from deployments import POOL
+
 ROOT = Path(__file__).resolve().parents[1]
 HOME = Path(os.environ.get("HYPER2KVM_STATE_DIR") or ROOT / ".lab").resolve()
 STATE = HOME / "state.json"
 MARK = "HYPER2KVM_STARTED_BY"
 ROLES = ("worker", "server", "lab")  # in the order in which they end: a run's last words need the other two
-POOL, BLOCK, VM = "hyper2kvm", "lab", "production-web"
+BLOCK, VM = "lab", "production-web"
 DEFAULT_PORT = 4200  # Prefect's own; the next free one where it is taken
 WORKER_LIMIT = 2  # runs at once: about 100 MB each, and SQLite is not made for more
 START_TIMEOUT_S = 120.0  # a first start migrates the database
@@ -63,7 +65,6 @@ def up() -> None:
         _end("worker", state)  # it talks to the server that is gone
         _start_server(state)
     os.environ.update(_environment(state))  # before Prefect is imported, which reads it then
-    _make_pool()
     if not _runs("lab", state):
         _start_lab(state)
     _deploy()
@@ -119,25 +120,13 @@ def _start_lab(state: dict[str, Any]) -> None:
     _remember(state)
 
 
-def _make_pool() -> None:
-    """Create the work pool, which must be there before anything is deployed to it."""
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.actions import WorkPoolCreate
-    from prefect.exceptions import ObjectAlreadyExists
-    from prefect.workers.process import ProcessWorker
-
-    template = ProcessWorker.get_default_base_job_template()
-    with get_client(sync_client=True) as client, contextlib.suppress(ObjectAlreadyExists):
-        client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
-
-
 def _deploy() -> None:
+    """Do what `make deploy` does, its words in a log."""
     say("registering blocks, deploying")
-    for words in ("block register -m blocks", "deploy --all --prefect-file deployments/prefect.yaml"):
-        with _log("deploy").open("w") as log:
-            argv = [sys.executable, "-m", "prefect", "--no-prompt", *words.split()]
-            if subprocess.run(argv, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode:
-                raise Trouble(f"prefect {words} failed\n{_tail('deploy')}")
+    with _log("deploy").open("w") as log:
+        argv = [sys.executable, "-m", "deployments.deploy"]
+        if subprocess.run(argv, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode:
+            raise Trouble(f"{' '.join(argv)} failed\n{_tail('deploy')}")
 
 
 def _start_worker(state: dict[str, Any]) -> None:

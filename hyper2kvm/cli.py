@@ -33,7 +33,7 @@ from hyper2kvm.terminal import (
     summary,
     vm_of,
 )
-from tasks.errors import Hyper2KvmError, IntegrityMismatch, InvalidInput, JanitorUnfinished, NotBuilt
+from tasks.errors import Hyper2KvmError, IntegrityMismatch, InvalidInput, JanitorUnfinished
 from tasks.images.boot import need_tools
 from tasks.images.boot_domain import boots_by_uefi, read_domain
 from tasks.images.files import safe_name
