@@ -15,7 +15,7 @@ from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 
 HEARTBEAT_S = 30  # of a run of our pool
-# More than three beats also of runs outside our pool, which keep Prefect's own frequency of 180 s; and a server that was
+# More than three beats also of runs outside our pool, which keep Prefect's own frequency (180 s); a server that was
 # away for minutes takes nobody for dead.
 ZOMBIE_AFTER = timedelta(minutes=10)
 
