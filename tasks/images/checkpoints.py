@@ -41,7 +41,7 @@ class Checkpoints:
         every_bytes: int = EVERY_BYTES,
     ) -> None:
         self._writer, self._digests, self._journal, self._pool = writer, digests, journal, pool
-        self._every_bytes = every_bytes
+        self._every_bytes, self._window_bytes = every_bytes, 2 * every_bytes
         self._landed: list[Extent] = []
         self._landed_bytes = self._not_durable_bytes = 0
         self._last = time.monotonic()
@@ -57,7 +57,7 @@ class Checkpoints:
             self._not_durable_bytes += extent.length
             if self._landed_bytes >= self._every_bytes:
                 self._pool.wake()
-            while self._not_durable_bytes >= WINDOW_BYTES and not self._pool.ended.is_set():
+            while self._not_durable_bytes >= self._window_bytes and not self._pool.ended.is_set():
                 self._room.wait(POLL_S)
 
     def take_if_due(self) -> None:

@@ -20,12 +20,7 @@ from tests.unit.images.fakes import FakeReader, FakeWriter, leaves
 THREADS = 3
 WINDOW = 8 * LEAF_BYTES
 CONTENT = leaves("abcdefghijklmnopqrstuvwxyzabcdefghijklmnopqrstuvwxyz")
-
-
-@pytest.fixture(autouse=True)
-def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "WINDOW_BYTES", WINDOW)
-    monkeypatch.setattr(checkpoints, "EVERY_BYTES", WINDOW // 2)
+LIMITS = Limits(threads=THREADS, checkpoint_bytes=WINDOW // 2)
 
 
 class SlowlyDurable(FakeWriter):
@@ -74,7 +69,7 @@ def test_while_the_disk_is_slow_no_more_than_a_window_lands(tmp_path: Path) -> N
             whole_disk(reader.size),
             writer,
             digests=digests,
-            limits=Limits(threads=THREADS),
+            limits=LIMITS,
             journal=journal,
         )
     assert WINDOW <= writer.most <= WINDOW + THREADS * LEAF_BYTES
@@ -99,7 +94,7 @@ def test_what_trickles_in_is_durable_before_the_window_is_full(tmp_path: Path, m
         watching = threading.Thread(target=end_it_once_covered)
         watching.start()
         with pytest.raises(Stopped):
-            copy(reader, whole_disk(reader.size), writer, digests=digests, journal=journal, stop=stop)
+            copy(reader, whole_disk(reader.size), writer, digests=digests, limits=LIMITS, journal=journal, stop=stop)
         watching.join()
         assert sum(extent.length for extent in journal.covered) == 2 * LEAF_BYTES
 
@@ -112,6 +107,7 @@ def test_a_flush_that_fails_midway_ends_it_with_its_own_error(tmp_path: Path) ->
         Journal.open(tmp_path / "x.journal", binding={}) as journal,
         pytest.raises(OSError, match="flush is broken"),
     ):
-        copy(FakeReader(CONTENT, depth=4), whole_disk(len(CONTENT)), writer, digests=digests, journal=journal)
+        reader = FakeReader(CONTENT, depth=4)
+        copy(reader, whole_disk(len(CONTENT)), writer, digests=digests, limits=LIMITS, journal=journal)
     assert journal.covered == ()
     assert len(writer.written) * LEAF_BYTES <= WINDOW + 4 * LEAF_BYTES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -44,8 +45,8 @@ ON_ITS_WAY = THREADS * 2 * LEAF_BYTES  # what each thread has received and not l
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "WINDOW_BYTES", WINDOW)
-    monkeypatch.setattr(checkpoints, "EVERY_BYTES", WINDOW // 2)
+    limits = LIMITS.model_copy(update={"checkpoint_bytes": WINDOW // 2})
+    monkeypatch.setattr(sys.modules[__name__], "LIMITS", limits)
 
 
 class CountedReader(FakeReader):
