@@ -139,7 +139,7 @@ def test_stopped_mid_transfer_it_removes_the_snapshot_and_says_so(lab, tmp_path,
         (["--vs-vm-name", "nobody"], {}, "There is no VM 'nobody'"),
         (["--vs-vm-name", "demo", "--thumbprint", "AB" * 20], {}, "expected AB:AB:"),
         (["--vs-vm-name", "demo", "--ca-file", ""], {"VCENTER_CA_FILE": ""}, "is not trusted"),
-        (["--vs-vm-name", "demo", "--transport", "ssh"], {}, "'ssh' is not built yet"),
+        (["--vs-vm-name", "demo", "--transport", "ssh"], {}, "no ESXi host is given"),
         (["--vs-vm-name", "demo", "--transport", "vddk", "--vddk-libdir", "/x"], {}, "looked in /x/lib64 (not there)"),
         (["--vs-vm-name", "demo", "--format", "vpc"], {}, "format"),
         ([], {}, "--vs-vm-name"),
@@ -166,7 +166,7 @@ def test_a_failure_as_json_has_cause_and_remedy(lab, tmp_path, api):
 def test_an_action_that_there_is_not_is_refused_with_those_that_there_are(lab):
     done = run_command(lab, "teleport-vm", "--vs-vm-name", "x", "--output-dir", "/x")
     assert done.returncode == 2
-    assert "unknown 'teleport-vm'" in done.stderr and "preflight, wave or list-vms" in done.stderr
+    assert "unknown 'teleport-vm'" in done.stderr and "preflight, wave, janitor or list-vms" in done.stderr
 
 
 def test_the_password_comes_from_a_file_and_from_nowhere_else_in_argv(lab, tmp_path):
