@@ -29,7 +29,9 @@ class ESXiHost(Block):
 
     host: str = Field(title="Host", description="Name or address.", examples=["esx1.example.com"], min_length=1)
     port: int = Field(default=22, title="Port", description="Of its SSH server.", examples=[22], ge=1, le=65535)
-    user: str = Field(default="root", title="User name", description="An account with a shell.", min_length=1)
+    user: str = Field(
+        default="root", title="User name", description="An account with a shell.", examples=["root"], min_length=1
+    )
     host_key: str = Field(
         title="Host key",
         description="SHA256:… or a public key, as the host itself shows it (ssh-keygen -lf "

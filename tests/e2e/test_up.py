@@ -199,6 +199,8 @@ def test_nothing_of_this_machine_is_baked_into_the_deployment(product: Product) 
 FORMS = {
     "export": "options.boot.expect",
     "boot-check": "options.folder",
+    "verify": "vcenter.host",
+    "snapshot-janitor": "vcenter.host",
     "warm-migration": "options.cutover_at",
     "rollback": "options.folder",
     "preflight": "options.select",
