@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 from prefect import flow
-from pydantic.json_schema import SkipJsonSchema
 
 from blocks import ESXiHost, NbdSource, VCenter, VddkToolkit
 from tasks.boot import check_boot, proven
@@ -39,10 +38,9 @@ from tasks.transfer import transfer
 async def export_vm(
     vcenter: VCenter,
     options: ExportJob,
-    # The form would make tabs of it, one of them called None.
-    toolkit: VddkToolkit | SkipJsonSchema[None] = None,
-    nbd_source: NbdSource | SkipJsonSchema[None] = None,
-    esxi_host: ESXiHost | SkipJsonSchema[None] = None,
+    toolkit: VddkToolkit | None = None,
+    nbd_source: NbdSource | None = None,
+    esxi_host: ESXiHost | None = None,
 ) -> Manifest:
     """Copy a VM's disks out of vSphere and land them, verified, as images that KVM starts from.
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from prefect import flow
 from prefect.logging import get_run_logger
-from pydantic.json_schema import SkipJsonSchema
 
 from blocks import VCenter
 from tasks.connect import connected
@@ -32,7 +31,7 @@ UNREACHABLE = (ConnectionFailed, VsphereFault)
 
 
 @flow(name="snapshot-janitor", flow_run_name="janitor")
-async def snapshot_janitor(options: JanitorJob, vcenter: VCenter | SkipJsonSchema[None] = None) -> JanitorReport:
+async def snapshot_janitor(options: JanitorJob, vcenter: VCenter | None = None) -> JanitorReport:
     """Find what dead runs left, and remove what may go.
 
     That is: snapshots of ours whose job is dead and whose time is over, on every saved vCenter; VMs that VDDK keeps

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from prefect import flow
-from pydantic.json_schema import SkipJsonSchema
 
 from blocks import VCenter
 from tasks.connect import connected
@@ -31,7 +30,7 @@ SEED_BITS = 32
 
 
 @flow(name="verify", flow_run_name="verify {options.folder}")
-async def verify_copy(options: VerifyJob, vcenter: VCenter | SkipJsonSchema[None] = None) -> Verification:
+async def verify_copy(options: VerifyJob, vcenter: VCenter | None = None) -> Verification:
     """Prove again that a copy is what was copied.
 
     Every image is read through its own format, and every file of a download as it is, past the page cache where the
