@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.errors import NotBuilt
+from tasks.errors import InvalidInput
 from tests.labs import ROOT, VDDK, Lab, running_lab
 from tests.runs import assert_nothing_left
 
@@ -159,14 +159,14 @@ def test_example_4_from_python_through_vddk(vcenter, tmp_path):
     assert_nothing_left(vcenter)
 
 
-async def test_a_transport_that_is_not_built_is_refused_by_name_before_anything_is_connected(vcenter, tmp_path):
+async def test_a_transport_without_its_settings_is_refused_by_name_before_anything_is_connected(vcenter, tmp_path):
     from hyper2kvm.vmware.clients.client import VMwareClient
     from hyper2kvm.vmware.vsphere.mode import ExportOptions
 
     client = VMwareClient(host=vcenter.address, user=vcenter.username, pwd=vcenter.password)
     options = ExportOptions(vm_name="web-server", output_dir=tmp_path, export_mode="export", transport="ssh")
     vcenter.post("/stats/reset")
-    with pytest.raises(NotBuilt, match="the transport 'ssh' is not built yet"):
+    with pytest.raises(InvalidInput, match="transport ssh: no ESXi host is given"):
         await client.async_export_vm(options)
     assert vcenter.stats()["soap_total"] == 0
 
