@@ -111,7 +111,8 @@ constraints: build/.venv ## pin the newest versions that fit, by name and number
 demo: setup ## export a running VM from a simulated vCenter, verified
 	@$(PY) tests/demo.py
 
-test: setup-test ## unit, cassette and live tests
+test: setup-test ## the lab's own tests; unit, cassette and live tests
+	@go=$(GO) && cd tests/lab && $$go test ./...
 	@$(PY) -m pytest -m "not e2e and not soak" tests
 
 lint: build/.venv ## format, lint, types, layers
