@@ -251,6 +251,6 @@ def test_a_gate_is_let_through_in_the_browser(wave_fleet: Fleet, tmp_path: Path)
         page.fill("Note (Optional)", "seen by the test")
         page.picture(PICTURES / "wave-approval.png")
         page.click("Submit")
-    product.await_state(gate, "Completed", timeout_s=WAVE_TIMEOUT_S)
+        product.await_state(gate, "Completed", timeout_s=WAVE_TIMEOUT_S)  # a browser that is gone sends nothing
     wave_fleet.await_end(wave, "Completed")
     assert [vm_of(run) for run in wave_fleet.children(wave)] == ["app-01"]
