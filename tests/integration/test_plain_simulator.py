@@ -53,5 +53,7 @@ async def test_an_export_finds_its_disks_empty_and_says_so(plain, prefect_api, t
         host=plain["host"], port=plain["port"], username=plain["username"], password=plain["password"], verify=False
     )
     with pytest.raises(errors.UnsupportedDisk) as caught:
-        await export_vm(vcenter=vcenter, options=ExportJob(vm_name="DC0_H0_VM0", output_dir=tmp_path))
+        await export_vm(
+            vcenter=vcenter, options=ExportJob(vm_name="DC0_H0_VM0", output_dir=tmp_path, transport="folder")
+        )
     print(caught.value)
