@@ -11,10 +11,11 @@ from typing import Any
 import hypothesis
 import pytest
 
+HOME = tempfile.TemporaryDirectory(prefix="hyper2kvm-prefect-", ignore_cleanup_errors=True)  # goes with the process
 os.environ.update(
     PREFECT_LOGGING_TO_API_ENABLED="false",
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
-    PREFECT_HOME=tempfile.mkdtemp(prefix="hyper2kvm-prefect-"),
+    PREFECT_HOME=HOME.name,
     DO_NOT_TRACK="1",
 )
 for name in ("VCENTER_PASSWORD", "VCENTER_CA_FILE", "VCENTER_THUMBPRINT", "PREFECT_API_URL"):

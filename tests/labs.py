@@ -96,39 +96,10 @@ class Lab:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
     @staticmethod
     def _answer(response: httpx.Response) -> Any:
         assert response.is_success, response.text
         return response.json() if response.content else None
-
-
-def start_lab(*flags: str, scenario: dict[str, Any] | None = None) -> Lab:
-    """Start a lab on free ports and wait for its ready line; it dies with this thread's process."""
-    argv = ["setpriv", "--pdeathsig", "KILL", str(BINARY), *flags]
-    folder = Path(tempfile.mkdtemp(prefix="hyper2kvm-lab-"))
-    if scenario is not None:
-        (folder / "scenario.json").write_text(json.dumps(scenario))
-        argv += ["-scenario", str(folder / "scenario.json")]
-    log = (folder / "lab.log").open("w")
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=log, text=True)
-    assert process.stdout
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not select.select([process.stdout], [], [], 0.5)[0]:
-        assert process.poll() is None and time.monotonic() < deadline, (folder / "lab.log").read_text()
-    line = process.stdout.readline()
-    assert line, (folder / "lab.log").read_text()
-    ready = json.loads(line)
-    ca_file = folder / "ca.pem"
-    ca_file.write_text(ready["ca_pem"])
-    return Lab(ready, process, ca_file)
 
 
 @contextmanager
@@ -146,9 +117,37 @@ def plain_simulator() -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def running_lab(*flags: str, scenario: dict[str, Any] | None = None) -> Iterator[Lab]:
-    """A lab for the block."""
-    lab = start_lab(*flags, scenario=scenario)
+    """A lab on free ports for the block, from its ready line on; it dies with this thread's process."""
+    argv = ["setpriv", "--pdeathsig", "KILL", str(BINARY), *flags]
+    with tempfile.TemporaryDirectory(prefix="hyper2kvm-lab-") as name:
+        folder = Path(name)
+        if scenario is not None:
+            (folder / "scenario.json").write_text(json.dumps(scenario))
+            argv += ["-scenario", str(folder / "scenario.json")]
+        with (folder / "lab.log").open("w") as log:
+            process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            ready = _ready_line(process, folder / "lab.log")
+            (folder / "ca.pem").write_text(ready["ca_pem"])
+            yield Lab(ready, process, folder / "ca.pem")
+        finally:
+            _stop(process)
+
+
+def _ready_line(process: subprocess.Popen[str], log: Path) -> dict[str, Any]:
+    assert process.stdout
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not select.select([process.stdout], [], [], 0.5)[0]:
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+    line = process.stdout.readline()
+    assert line, log.read_text()
+    return dict(json.loads(line))
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    process.terminate()
     try:
-        yield lab
-    finally:
-        lab.stop()
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
