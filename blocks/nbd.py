@@ -6,8 +6,9 @@ import shlex
 from typing import Self
 
 from prefect.blocks.core import Block
-from pydantic import Field, SecretStr, model_validator
+from pydantic import ConfigDict, Field, SecretStr, model_validator
 
+from blocks.closed import closed
 from tasks.models import NbdSettings, OptionalText, Trust
 
 
@@ -30,6 +31,8 @@ class NbdSource(Block):
         ).save("nbdkit-vddk")
         ```
     """
+
+    model_config = ConfigDict(json_schema_extra=closed)
 
     _block_type_name = "NBD Source"
     _block_type_slug = "nbd-source"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from prefect.blocks.core import Block
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
+from blocks.closed import closed
 from tasks.models import VDDK_TRANSPORT_MODES, OptionalText, VddkCompression, VddkSettings
 
 
@@ -22,6 +23,8 @@ class VddkToolkit(Block):
         VddkToolkit(libdir="/usr/lib/vmware-vix-disklib").save("vddk-8")
         ```
     """
+
+    model_config = ConfigDict(json_schema_extra=closed)
 
     _block_type_name = "VDDK Toolkit"
     _block_type_slug = "vddk-toolkit"

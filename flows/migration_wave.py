@@ -34,12 +34,15 @@ from tasks.children import (
     no_deployment,
     reference,
     references,
+    refusal,
+    refuse_unheard,
     say_state,
     tag_of,
 )
 from tasks.errors import InvalidInput, VddkOutOfMemory, WaveIncomplete
 from tasks.models import ExportOptions
 from tasks.plan import key_of, learn, make_plan, show_plan
+from tasks.saved import BLOCKS
 from tasks.steps import quietly
 from tasks.wave.course import Course
 from tasks.wave.governor import Governor
@@ -119,7 +122,9 @@ async def _runner(vcenter: VCenter, plan: Plan, *, on_workers: bool) -> Runner:
         if plan.wave.approve_plan or plan.wave.approve_after_canary or any(each.approve for each in plan.wave.groups):
             why = "somebody is to approve, in the Prefect UI, and this wave does not run on workers"
             raise InvalidInput(what="approval", why=why, remedy="Run the deployment migration-wave")
+        refuse_unheard(plan.vms, known=ExportOptions.model_fields)
         return InThisProcess(lambda vm: flow_for(vm.member.mode, vcenter, vm.job(), _as_options(vm)))
+    refuse_unheard(plan.vms, known=BLOCKS)
     return OnWorkers(plan, flow_run.get_id() or "", vcenter, await references(plan.vms))
 
 
@@ -151,14 +156,15 @@ class _UnderWay:
         self.started_at = time.monotonic()
         self.gates: dict[str, str] = {}
         self.took: list[tuple[Planned, float]] = []
-        self.paused = False
+        self.at_zero = ""
+        self.paused = ""  # why nothing is started just now
         self._shown = ("", 0.0)
         self._limits_at = 0.0
         self._artifact: Any = None
 
     def _name_of(self, resource: str) -> str:
         if resource == RUNS:
-            return f"{limits.PREFIX}-wave-{self.plan.wave.name}"
+            return limits.wave_limit_name(self.plan.wave.name)
         return limits.limit_name(resource, vcenter=self.plan.vcenter)
 
     async def to_the_end(self) -> None:
@@ -175,15 +181,14 @@ class _UnderWay:
         await self._show(last=True)
         await learn(self._measured())
         await quietly(limits.remove(self.names[RUNS]))
-        for resource, governor in self.governors.items():
-            if governor.limit != governor.ceiling:
-                await quietly(limits.change(self.names[resource], governor.ceiling))
+        await quietly(self._give_back())
 
     async def _look(self) -> None:
         await self._watch_runs()
         await self._heed_limits()
         await self._heed_gates()
-        if not (self.paused or await self.runner.held_back()):
+        self.paused = self.at_zero or await self.runner.held_back()
+        if not self.paused:
             for vm in self.course.start(datetime.now(UTC)):
                 await self._start(vm)
         await self._show()
@@ -196,6 +201,11 @@ class _UnderWay:
                 run_id = await self.runner.start(vm, number)
                 break
             except LOST as error:
+                if words := refusal(error):
+                    self.course.began(vm.key, "")
+                    self.course.ended(vm.key, "failed", words)
+                    get_run_logger().error("not started vm=%r %s", vm.checked.path, words)
+                    return
                 get_run_logger().warning("not started yet vm=%r error=%s", vm.checked.path, type(error).__name__)
                 await asyncio.sleep(POLL_S)
         self.course.began(vm.key, run_id)
@@ -219,8 +229,8 @@ class _UnderWay:
         before, now = governor.limit, time.monotonic()
         if VddkOutOfMemory.__name__ in run.message:
             governor.short_of_memory(now)
-        elif run.ending == "done" and run.seconds and vm.checked.bytes:
-            governor.took(run.seconds / vm.checked.bytes, now)
+        elif run.ending == "done" and (seconds := self._of_transfer(run.seconds)) and vm.checked.bytes:
+            governor.took(seconds / vm.checked.bytes, now)
         if governor.limit != before:
             await self._govern(f"host:{vm.checked.host}", governor.limit)
 
@@ -238,7 +248,7 @@ class _UnderWay:
         own = now.get(self.names[RUNS])
         if own and not own.active:
             self.course.stop(f"the limit {self.names[RUNS]} was switched off")
-        self.paused = bool(own and own.slots == 0)
+        self.at_zero = f"the limit {self.names[RUNS]} is 0" if own and own.slots == 0 else ""
         for resource, name in self.names.items():
             if limit := now.get(name):
                 await self._heed(resource, limit)
@@ -252,6 +262,14 @@ class _UnderWay:
             await self._govern(resource, governor.limit)
             return
         self.course.limit(resource, slots)
+
+    async def _give_back(self) -> None:
+        """Give hosts what a governor took from them, unless somebody has said otherwise since."""
+        now = await limits.current(self.names.values())
+        for resource, governor in self.governors.items():
+            limit = now.get(self.names[resource])
+            if limit and limit.slots == governor.limit != governor.ceiling:
+                await limits.change(self.names[resource], governor.ceiling)
 
     async def _heed_gates(self) -> None:
         for gate in self.course.asks() if self.asks else ():
@@ -286,7 +304,7 @@ class _UnderWay:
     async def _show(self, *, last: bool = False) -> None:
         seconds = time.monotonic() - self.started_at
         notes = [f"Waits for an approval: {gate} (/runs/flow-run/{run})" for gate, run in self._asked().items()]
-        notes += [f"Paused: the limit {self.names[RUNS]} is 0"] if self.paused else []
+        notes += [f"Paused: {self.paused}"] if self.paused else []
         body = course_as_markdown(self.course, now_s=seconds, notes=notes)
         if not last and (body == self._shown[0] or seconds - self._shown[1] < SHOW_EVERY_S):
             return
@@ -308,11 +326,16 @@ class _UnderWay:
         """Return what this wave's runs say of the next: rate of a disk by road, where runs were long enough to tell."""
         before = self.plan.rates
         by_road: dict[str, list[float]] = {}
-        for vm, seconds in self.took:
-            if seconds > 2 * before.start_s:
-                rate = vm.checked.bytes / (seconds - before.start_s) / vm.work.slots
+        for vm, taken in self.took:
+            if seconds := self._of_transfer(taken):
+                rate = vm.checked.bytes / seconds / vm.work.slots
                 by_road.setdefault(vm.checked.road, []).append(rate)
         medians = {road: sorted(found)[len(found) // 2] for road, found in by_road.items()}
-        short = sorted(seconds for _, seconds in self.took if seconds <= 2 * before.start_s)
+        short = sorted(taken for _, taken in self.took if not self._of_transfer(taken))
         start_s = short[len(short) // 2] if short else before.start_s
         return Rates(bytes_per_s=before.bytes_per_s | medians, start_s=start_s, runs=before.runs + len(self.took))
+
+    def _of_transfer(self, seconds: float) -> float:
+        """Return how long a run's bytes took of its seconds; 0 where it was too short to tell."""
+        start_s = self.plan.rates.start_s
+        return seconds - start_s if seconds > 2 * start_s else 0.0

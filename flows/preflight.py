@@ -12,6 +12,7 @@ from tasks.facts import Preflight
 from tasks.plan import inventory_of, tags_in
 from tasks.preflight import Candidate, check, kind_of
 from tasks.resolve import locate
+from tasks.saved import libdir_of
 from tasks.steps import on_vcenter, quietly
 from tasks.vsphere.survey import listing_of
 from tasks.wave.choose import Listed, chosen, is_pattern
@@ -35,8 +36,10 @@ async def preflight(vcenter: VCenter, options: PreflightJob) -> Preflight:
     async with connected(vcenter):
         found = await _chosen(vcenter, options.select)
         jobs = [kind_of(job_of(options.mode, vm.path, options.output_dir, options.options)) for vm in found]
+        libdir = await libdir_of(options.options)
         candidates = [
-            Candidate(moref=vm.moref, mode=options.mode, job=job) for vm, job in zip(found, jobs, strict=True)
+            Candidate(moref=vm.moref, mode=options.mode, job=job, libdir=libdir)
+            for vm, job in zip(found, jobs, strict=True)
         ]
         report = await check(vcenter, candidates)
     text = preflight_as_markdown(report)

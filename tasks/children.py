@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+import time
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import UUID
 
+import httpx
 from prefect import Flow, State
 from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
@@ -20,22 +22,19 @@ from prefect.logging import get_run_logger
 from prefect.logging.loggers import flow_run_logger
 from prefect.states import Cancelled, Cancelling
 
-from blocks import ESXiHost, NbdSource, VCenter, VddkToolkit
+from blocks import VCenter
+from tasks import limits
 from tasks.errors import Hyper2KvmError, InvalidInput
 from tasks.images.job import lock_holder
 from tasks.models import Value
+from tasks.saved import BLOCKS, saved_block
 from tasks.steps import quietly
+from tasks.text import one_line
 from tasks.wave.course import Attempt, Ending
-from tasks.wave.jobs import deployment_of
+from tasks.wave.jobs import BESIDE, JOBS, deployment_of
 from tasks.wave.plan import Plan, Planned
 
 TAG = "hyper2kvm-wave"
-BLOCKS: Mapping[str, tuple[str, type[Block]]] = {
-    "toolkit": ("toolkit", VddkToolkit),
-    "nbd_source": ("nbd_source", NbdSource),
-    "esxi_block": ("esxi_host", ESXiHost),
-}
-"""What a VM's options may name of saved blocks: the parameter of its flow, and the kind."""
 PAGE = 200
 ENDINGS: Mapping[StateType, Ending] = {
     StateType.COMPLETED: "done",
@@ -67,8 +66,8 @@ class Runner(Protocol):
     async def watch(self, run_ids: Iterable[str]) -> list[Watched]:
         """Return the runs as they are now."""
 
-    async def held_back(self) -> bool:
-        """Whether what is started now would not begin anyway, since somebody holds it back."""
+    async def held_back(self) -> str:
+        """Return by what somebody holds back what would be started now, or ""."""
 
     async def close(self) -> None:
         """End what runs, where it cannot outlive us."""
@@ -85,6 +84,7 @@ class OnWorkers:
     def __init__(self, plan: Plan, wave_run_id: str, vcenter: VCenter, blocks: Mapping[tuple[str, str], Any]) -> None:
         """Keep what runs are made of; blocks: references to what VMs' options name, see `references`."""
         self._plan, self._run_id, self._vcenter, self._blocks = plan, wave_run_id, vcenter, blocks
+        self._parameters: dict[str, frozenset[str]] = {}  # of modes
 
     async def known(self) -> list[Attempt]:
         runs = [run for run in await runs_tagged(tag_of(self._run_id)) if _tagged(run, "vm")]
@@ -104,10 +104,10 @@ class OnWorkers:
             "vcenter": reference(self._vcenter),
             "options": vm.job().model_dump(mode="json", exclude_unset=True),
         }
-        for option, (parameter, _) in BLOCKS.items():
-            if name := vm.member.options.get(option):
-                parameters[parameter] = self._blocks[option, str(name)]
         mode = vm.member.mode
+        for option, (parameter, _) in BLOCKS.items():
+            if (name := vm.member.options.get(option)) and parameter in await self._taken_by(mode):
+                parameters[parameter] = self._blocks[option, str(name)]
         key = f"wave-{self._run_id}-{vm.key}-{number}"
         tags = [TAG, tag_of(self._run_id), f"vm:{vm.key}", f"attempt:{number}", f"folder:{vm.checked.output}"]
         try:
@@ -118,20 +118,33 @@ class OnWorkers:
             raise no_deployment(deployment_of(mode)) from error
         return str(run.id)
 
+    async def _taken_by(self, mode: str) -> frozenset[str]:
+        """Return the parameters of a mode's deployment."""
+        if mode not in self._parameters:
+            async with get_client() as client:
+                try:
+                    found = await client.read_deployment_by_name(deployment_of(mode))
+                except ObjectNotFound as error:
+                    raise no_deployment(deployment_of(mode)) from error
+            self._parameters[mode] = frozenset((found.parameter_openapi_schema or {}).get("properties", {}))
+        return self._parameters[mode]
+
     async def watch(self, run_ids: Iterable[str]) -> list[Watched]:
         folders = self._folders()
         return [_watched(run, folders) for run in await runs_of(run_ids)]
 
-    async def held_back(self) -> bool:
+    async def held_back(self) -> str:
         async with get_client() as client:
-            modes = {vm.member.mode for vm in self._plan.go}
-            for mode in modes:
+            for mode in sorted({vm.member.mode for vm in self._plan.go}):
                 deployment = await client.read_deployment_by_name(deployment_of(mode))
                 if deployment.paused:
-                    return True
-                if deployment.work_queue_id and (await client.read_work_queue(deployment.work_queue_id)).is_paused:
-                    return True
-        return False
+                    return f"the deployment {deployment.name} is paused"
+                if not deployment.work_queue_id:
+                    continue
+                queue = await client.read_work_queue(deployment.work_queue_id)
+                if queue.is_paused:
+                    return f"the work queue {queue.name} is paused"
+        return ""
 
     async def close(self) -> None:
         return
@@ -146,20 +159,28 @@ class InThisProcess:
     def __init__(self, flow_of: Callable[[Planned], Callable[[], Awaitable[Any]]]) -> None:
         self._flow_of = flow_of
         self._runs: dict[str, asyncio.Task[Any]] = {}
+        self._seconds: dict[str, float] = {}  # of runs that ended
 
     async def known(self) -> list[Attempt]:
         return []
 
     async def start(self, vm: Planned, number: int) -> str:
         name = f"{vm.key}-{number}"
-        self._runs[name] = asyncio.ensure_future(self._flow_of(vm)())
+        self._runs[name] = asyncio.ensure_future(self._timed(name, self._flow_of(vm)))
         return name
 
-    async def watch(self, run_ids: Iterable[str]) -> list[Watched]:
-        return [Watched(run_id=each, **_ended(self._runs[each])) for each in run_ids]
+    async def _timed(self, name: str, run: Callable[[], Awaitable[Any]]) -> None:
+        began = time.monotonic()
+        await run()
+        self._seconds[name] = time.monotonic() - began
 
-    async def held_back(self) -> bool:
-        return False
+    async def watch(self, run_ids: Iterable[str]) -> list[Watched]:
+        return [
+            Watched(run_id=each, seconds=self._seconds.get(each, 0.0), **_ended(self._runs[each])) for each in run_ids
+        ]
+
+    async def held_back(self) -> str:
+        return ""
 
     async def close(self) -> None:
         for run in self._runs.values():
@@ -247,14 +268,28 @@ async def references(vms: Iterable[Planned]) -> dict[tuple[str, str], dict[str, 
     named = {
         (option, str(vm.member.options[option])) for vm in vms for option in BLOCKS if vm.member.options.get(option)
     }
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for option, name in sorted(named):
-        try:
-            found[option, name] = reference(await BLOCKS[option][1].aload(name))
-        except ValueError as error:
-            what = f"{option} {name!r}"
-            raise InvalidInput(what=what, why="no such block is saved", remedy="Save it in the UI") from error
-    return found
+    return {(option, name): reference(await saved_block(option, name)) for option, name in sorted(named)}
+
+
+def refuse_unheard(vms: Iterable[Planned], *, known: Container[str]) -> None:
+    """Raise InvalidInput for an option that says what a road needs and that runs here would not hear of."""
+    for vm in vms:
+        own = JOBS[vm.member.mode].model_fields
+        for option in vm.member.options.keys() & set(BESIDE) - own.keys():
+            if option not in known:
+                why = "the runs of this wave do not take it"
+                heard = ", ".join(each for each in BESIDE if each in known)
+                raise InvalidInput(what=f"option {option} of {vm.checked.path}", why=why, remedy=f"Use {heard}")
+
+
+def refusal(error: Exception) -> str:
+    """Return in which words Prefect refused what was asked, as it will again; "" where it may be asked again."""
+    if not isinstance(error, httpx.HTTPStatusError):
+        return ""
+    status = error.response.status_code
+    if status >= 500 or status in (408, 429):
+        return ""
+    return one_line(f"Prefect refused its run ({status}): {error.response.text[:500]}")
 
 
 def reference(block: Block) -> dict[str, Any]:
@@ -293,6 +328,7 @@ async def cancel_all(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any])
         async with get_client() as client:
             await client.set_flow_run_state(run.id, new, force=not begun)
         log.info("cancelled with its wave flow_run=%s name=%r", run.id, run.name)
+    await quietly(limits.remove(limits.wave_limit_name(flow_run.name.removeprefix("wave "))))
 
 
 async def ended_before(flow_run_id: str) -> int:

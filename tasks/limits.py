@@ -38,6 +38,11 @@ def limit_name(resource: str, *, vcenter: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", "-".join(filter(None, (PREFIX, kind, name or vcenter))))
 
 
+def wave_limit_name(wave: str) -> str:
+    """Return the name of the limit of how many VMs of a wave run at once."""
+    return f"{PREFIX}-wave-{wave}"
+
+
 def resources_of(vm: VirtualMachine, disks: Iterable[VirtualDisk]) -> tuple[str, ...]:
     """Return the resources that disks of a VM take slots of: its ESXi host, their datastores, the vCenter."""
     stores = {disk.datastore_path[1:].partition("]")[0] for disk in disks if disk.datastore_path.startswith("[")}

@@ -46,11 +46,12 @@ SNAPSHOT_CALLS = ("CreateSnapshot_Task", "RemoveSnapshot_Task")
 
 
 class Candidate(Value):
-    """A VM that is to be run: by moref, in a mode, with the options of its run."""
+    """A VM that is to be run: by moref, in a mode, with the options of its run. libdir: of VDDK."""
 
     moref: str
     mode: str
     job: DiskJob | DownloadJob
+    libdir: str = ""
 
     @property
     def road(self) -> str:
@@ -58,11 +59,10 @@ class Candidate(Value):
 
 
 class Here(Value):
-    """What was found on this machine. vddk: its major version, None where it is not looked for or not there."""
+    """What was found on this machine. vddk: its major version, or why there is none and what to do, by libdir."""
 
     reached: dict[str, Reached] = Field(default_factory=dict)
-    vddk: int | None = None
-    vddk_missing: tuple[str, str] | None = None
+    vddk: dict[str, int | tuple[str, str]] = Field(default_factory=dict)
 
 
 @task(name="preflight", task_run_name="preflight of {vcenter.host}", cache_policy=NO_CACHE)
@@ -102,15 +102,16 @@ def _look_here(candidates: Sequence[Candidate], facts: Sequence[VmFacts]) -> Her
         if fact.host and candidate.road in ("vddk", "folder"):
             by_road[NFC if candidate.road == "vddk" else HTTPS].add(fact.host.name)
     both = reach_all(by_road[NFC], (HTTPS, NFC)) | reach_all(by_road[HTTPS] - by_road[NFC], (HTTPS,))
-    for candidate in candidates:
-        if candidate.road == "vddk":
-            try:
-                libdir = getattr(candidate.job, "vddk_libdir", "")
-                found = find_library(Path(libdir) if libdir else None)
-            except Hyper2KvmError as error:
-                return Here(reached=both, vddk_missing=(error.cause, error.remedy))
-            return Here(reached=both, vddk=int(found.version.partition(".")[0]))
-    return Here(reached=both)
+    libdirs = {each.libdir for each in candidates if each.road == "vddk"}
+    return Here(reached=both, vddk={each: _vddk_in(each) for each in libdirs})
+
+
+def _vddk_in(libdir: str) -> int | tuple[str, str]:
+    try:
+        found = find_library(Path(libdir) if libdir else None)
+    except Hyper2KvmError as error:
+        return error.cause, error.remedy
+    return int(found.version.partition(".")[0])
 
 
 # ── one VM ───────────────────────────────────────────────────────────────────────────────────────────
@@ -299,11 +300,12 @@ def _of_the_host(vcenter: VCenter, fact: VmFacts, candidate: Candidate, here: He
     if not host.connected:
         yield _no_go("host", f"its ESXi host {host.name} is not connected", "Connect the host in vSphere")
     vddk, answer = candidate.road == "vddk", here.reached.get(host.name)
-    if vddk and here.vddk_missing:
-        yield _no_go("vddk", *here.vddk_missing)
-    if vddk and here.vddk and host.version and _older(host.version, SERVES[here.vddk]):
+    version = here.vddk.get(candidate.libdir) if vddk else None
+    if isinstance(version, tuple):
+        yield _no_go("vddk", *version)
+    elif version and host.version and _older(host.version, SERVES[version]):
         remedy = "Take an older library (--vddk-libdir)"
-        reason = f"VDDK {here.vddk} is for vSphere {SERVES[here.vddk]} and newer, and {host.name} runs {host.version}"
+        reason = f"VDDK {version} is for vSphere {SERVES[version]} and newer, and {host.name} runs {host.version}"
         yield _no_go("vddk-version", reason, remedy)
     large = any(disk.capacity_bytes >= TICKET_BYTES for disk in fact.disks)
     if answer and (vddk or (large and vcenter.host_tickets)):

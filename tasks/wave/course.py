@@ -41,6 +41,7 @@ class Course:
         self.vms: Mapping[str, Planned] = {vm.key: vm for vm in plan.vms}
         self.attempts: dict[str, Attempt] = {}
         self.stopped = ""
+        self._forgiven: set[str] = set()  # failed in a life before that was gone on with: they do not stop this one
         self._most = 1 + plan.wave.failure.retry_failed + more_attempts
         works = [vm.work for vm in plan.vms]
         self._gates = self._of_plan()
@@ -51,6 +52,8 @@ class Course:
                 self.scheduler.ended(vm.key, "refused")
         for attempt in sorted(known, key=lambda each: each.number):
             self._remember(attempt)
+        if more_attempts:
+            self._forgiven = set(self._worth_another())
 
     # ── what is told ─────────────────────────────────────────────────────────────────────────────────
 
@@ -62,6 +65,7 @@ class Course:
         """The run of the VM is over."""
         self.attempts[key] = self.attempts[key].model_copy(update={"ending": ending, "message": message})
         self.scheduler.ended(key, ending)
+        self._forgiven.discard(key)
 
     def approved(self, gate: str) -> None:
         """Somebody let the gate be passed."""
@@ -164,7 +168,8 @@ class Course:
         canary = any(self.outcomes.get(vm.key) in SPOILING and vm.member.canary for vm in self.plan.vms)
         if canary and self._worth_another():
             canary = False
-        failed, ended = self.count("failed"), self.count("failed", "done")
+        failed = sum(each == "failed" and key not in self._forgiven for key, each in self.outcomes.items())
+        ended = failed + self.count("done")
         if why := stops(self.plan.wave.failure, failed=failed, ended=ended, canary_failed=canary):
             self.stop(why)
 

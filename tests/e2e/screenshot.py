@@ -56,11 +56,20 @@ class Page:
 
     def click(self, text: str, *, timeout_s: float = WAIT_TIMEOUT_S) -> None:
         """Click where `text`, alone, is written, with the mouse."""
-        spot = f"""(() => {{ const e = ({FIND})({json.dumps(text)}, true); e?.scrollIntoView({{block: 'center'}});
+        self._click(f"({FIND})({json.dumps(text)}, true)", text, timeout_s)
+
+    def press(self, label: str, *, row: str = "", timeout_s: float = WAIT_TIMEOUT_S) -> None:
+        """Click what shows no words, by its accessible name; `row`: in the row of a table that has these words."""
+        within = f"[...document.querySelectorAll('tr')].find(e => e.innerText.includes({json.dumps(row)}))"
+        place = within if row else "document"
+        self._click(f"{place}?.querySelector('[aria-label=' + {json.dumps(json.dumps(label))} + ']')", label, timeout_s)
+
+    def _click(self, element: str, what: str, timeout_s: float) -> None:
+        spot = f"""(() => {{ const e = {element}; e?.scrollIntoView({{block: 'center'}});
           const r = e?.getBoundingClientRect(); return r && [r.x + r.width / 2, r.y + r.height / 2] }})()"""
         deadline = time.monotonic() + timeout_s
         while not (place := self.evaluate(spot)):
-            assert time.monotonic() < deadline, f"nothing on the page reads {text!r}:\n{self.text()[:3000]}"
+            assert time.monotonic() < deadline, f"nothing on the page reads {what!r}:\n{self.text()[:3000]}"
             time.sleep(0.2)
         for kind in ("mousePressed", "mouseReleased"):
             self._call(

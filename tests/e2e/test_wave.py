@@ -1,135 +1,28 @@
-"""Waves under `make up`: 40 VMs, killed and retried, one failing; a wave cancelled; a gate let through in the UI."""
+"""Waves under `make up`: 40 VMs, killed and retried, one failing; a wave cancelled and tidied up after; a gate."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
-import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pyVmomi import vim
 
-from tests.e2e.processes import marked_processes
+from tasks.vsphere.leftovers import LeftSnapshot, survey
+from tasks.vsphere.session import borrow
 from tests.e2e.screenshot import browser
-from tests.e2e.test_up import MIB, PICTURES, Product, artifacts_of, await_that, fill_in
-from tests.labs import ROOT, Lab, running_lab
-from tests.waves import fleet
+from tests.e2e.test_up import MIB, PICTURES, artifacts_of, await_that
+from tests.e2e.wave_fleet import REFUSED, VICTIM, VMS, WAVE_TIMEOUT_S, Fleet, kill_run, vm_of
+from tests.labs import Lab
 
 pytestmark = pytest.mark.e2e
-
-VMS, REFUSED = 40, 2
-VICTIM = "app-21"  # large enough to be met in its middle
-WAVE_TIMEOUT_S = 420
-ENDS = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
-SAVE = """
-import json, os
-from blocks import VCenter
-VCenter(**json.loads(os.environ["FLEET_BLOCK"])).save("fleet", overwrite=True)
-"""
-
-
-class Fleet:
-    """The product, a lab of many VMs that it knows as the block `fleet`, and one more worker."""
-
-    def __init__(self, product: Product, lab: Lab, state: Path) -> None:
-        self.product, self.lab, self.datastores = product, lab, state
-
-    def start(self, **wave: Any) -> str:
-        """Create a wave's run as the form does; return its id."""
-        found = self.product.deployment("migration-wave")
-        schema = found["parameter_openapi_schema"]
-        block = next(each for each in self.product.api("block_documents/filter", limit=50) if each["name"] == "fleet")
-        parameters = fill_in(schema, schema["definitions"], {}, block=block["id"])
-        parameters["wave"] |= wave
-        return str(self.product.api(f"deployments/{found['id']}/create_flow_run", parameters=parameters)["id"])
-
-    def children(self, wave: str, kind: str = "vm") -> list[dict[str, Any]]:
-        """Return the runs that a wave created, of VMs or gates."""
-        runs = self.product.api("flow_runs/filter", flow_runs={"tags": {"all_": [f"wave:{wave}"]}}, limit=200)
-        return [run for run in runs if any(tag.startswith(f"{kind}:") for tag in run["tags"])]
-
-    def ended(self, wave: str) -> int:
-        return sum(run["state_type"] in ENDS for run in self.children(wave))
-
-    def retry(self, run: str) -> None:
-        state = {"type": "SCHEDULED", "name": "AwaitingRetry"}
-        self.product.api(f"flow_runs/{run}/set_state", state=state, force=True)
-
-    def await_end(self, wave: str, *wanted: str) -> dict[str, Any]:
-        return self.product.await_state(wave, *wanted, timeout_s=WAVE_TIMEOUT_S)
-
-
-@pytest.fixture(scope="module")
-def wave_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    product = Product(tmp_path_factory.mktemp("wave") / "state")
-    state = tmp_path_factory.mktemp("datastores")
-    scenario = fleet(vms=VMS, refused=REFUSED, sizes={VICTIM: "96MiB"})
-    try:
-        product.make("up")
-        env = _environment(product)
-        with running_lab("-state", str(state), scenario=scenario) as lab:
-            fields = {each: lab.ready[each] for each in ("host", "port", "username", "password")}
-            block = fields | {"ca_bundle": lab.ca_pem, "connections": 1}
-            subprocess.run(
-                [sys.executable, "-c", SAVE], cwd=ROOT, env=env | {"FLEET_BLOCK": json.dumps(block)}, check=True
-            )
-            with _worker(env, product):
-                yield Fleet(product, lab, state)
-    finally:
-        product.make("down")
-
-
-def _environment(product: Product) -> dict[str, str]:
-    return os.environ | {
-        "PREFECT_HOME": str(product.folder / "prefect"),
-        "PREFECT_API_URL": f"{product.address}/api",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-        "HYPER2KVM_STARTED_BY": f"{product.folder}:worker",  # so that `make down` ends what is left of it
-    }
-
-
-class _worker:
-    """One more worker for the block: the one of `make up` takes two runs, of which the wave is one."""
-
-    def __init__(self, env: dict[str, str], product: Product) -> None:
-        words = "worker start --pool hyper2kvm --type process --name second --limit 4"
-        self._argv, self._env = [sys.executable, "-m", "prefect", "--no-prompt", *words.split()], env
-        self._log = (product.folder / "second.log").open("w")
-
-    def __enter__(self) -> None:
-        self._process = subprocess.Popen(self._argv, cwd=ROOT, env=self._env, stdout=self._log, stderr=self._log)
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-        self._log.close()
-
-
-def vm_of(run: dict[str, Any]) -> str:
-    return str(run["parameters"]["options"]["vm_name"]).rpartition("/")[2]
-
-
-def kill_run(run: str) -> Path:
-    """End every process of a flow run, as a lost machine would; return the folder that its worker gave it."""
-    pids = marked_processes(f"PREFECT__FLOW_RUN_ID={run}")
-    assert pids
-    place = Path(f"/proc/{min(pids)}/cwd").resolve()
-    assert place.name.endswith("prefect")
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    return place
 
 
 def test_a_wave_that_was_killed_is_gone_on_with_and_nothing_runs_twice(wave_fleet: Fleet, tmp_path: Path) -> None:
@@ -210,14 +103,24 @@ def check_contents(wave_fleet: Fleet, out: Path) -> None:
     """Every image equals what qemu-img reads of the source's own files."""
     for number in range(VMS - REFUSED):
         name = f"app-{number:02}"
-        disk = wave_fleet.lab.vm(name)["disks"][0]["datastore_path"]
-        store, _, path = disk.removeprefix("[").partition("] ")
-        source = wave_fleet.datastores / store / path
-        argv = ["qemu-img", "compare", "-f", "raw", "-F", "vmdk", str(out / name / "disk-0.raw"), str(source)]
+        image, source = out / name / "disk-0.raw", wave_fleet.source(name)
+        argv = ["qemu-img", "compare", "-f", "raw", "-F", "vmdk", str(image), str(source)]
         assert subprocess.run(argv, capture_output=True).returncode == 0, name
 
 
-def test_cancelling_a_wave_cancels_its_runs(wave_fleet: Fleet, tmp_path: Path) -> None:
+def test_the_api_refuses_a_wave_that_the_form_would_refuse(wave_fleet: Fleet) -> None:
+    """Parameters are held to the deployment's schema where the run is created, not first where it runs."""
+    found = wave_fleet.product.deployment("migration-wave")
+    assert found["enforce_parameter_schema"] is True
+    path, block = f"deployments/{found['id']}/create_flow_run", {"$ref": {"block_document_id": wave_fleet.block()}}
+    for wave in ({"limits": {"runs": 0}}, {"mode": "teleport"}, {"selct": ["*"]}, {"name": "no/slash"}):
+        answer = wave_fleet.ask("POST", path, parameters={"vcenter": block, "wave": wave})
+        assert answer.status_code in (409, 422), f"{wave}: {answer.text}"
+
+
+def test_cancelling_a_wave_cancels_its_runs_and_the_janitor_removes_what_a_killed_one_left(
+    wave_fleet: Fleet, tmp_path: Path
+) -> None:
     product, lab = wave_fleet.product, wave_fleet.lab
     wave = wave_fleet.start(
         name="cancelled", output_dir=str(tmp_path / "exports"), select=["app-*"], exclude=[VICTIM], limits={"runs": 4}
@@ -225,15 +128,59 @@ def test_cancelling_a_wave_cancels_its_runs(wave_fleet: Fleet, tmp_path: Path) -
     await_that(lambda: wave_fleet.ended(wave) >= 4, WAVE_TIMEOUT_S, lambda: "no progress" + product.logs())
     lab.post("/faults", throttle_bytes_per_s=8 << 10)  # what runs now would go on for minutes
     await_that(lambda: lab.stats()["open_snapshots"] > 1, WAVE_TIMEOUT_S, lambda: "none runs" + product.logs())
-    product.api(f"flow_runs/{wave}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
+    killed = snapshots_of_ours(lab)[0]
+    os.kill(int(json.loads((tmp_path / "exports" / killed.vm_name / ".hyper2kvm.lock").read_text())["pid"]), 9)
+    wave_fleet.cancel(wave)
     wave_fleet.await_end(wave, "Cancelled")
     await_that(
         lambda: wave_fleet.ended(wave) == len(wave_fleet.children(wave)), 120, lambda: "left running" + product.logs()
     )
-    assert "CANCELLED" in {run["state_type"] for run in wave_fleet.children(wave)}
+    assert {"CANCELLED", "CRASHED"} <= {run["state_type"] for run in wave_fleet.children(wave)}
     assert len(wave_fleet.children(wave)) < VMS - REFUSED - 1
-    await_that(lambda: lab.stats()["open_snapshots"] == 0, 60, lambda: f"{lab.stats()}")
+    await_that(lambda: lab.stats()["open_snapshots"] == 1, 60, lambda: f"{lab.stats()}")
+    assert [each.moref for each in snapshots_of_ours(lab)] == [killed.moref]
+    await_that(lambda: not wave_fleet.processes_of(wave_fleet.children(wave)), 60, product.logs)
     lab.post("/faults", clear=True)
+    check_janitor(wave_fleet, killed)
+
+
+def snapshots_of_ours(lab: Lab) -> tuple[LeftSnapshot, ...]:
+    with borrow(lab.connection()) as session:
+        return survey(session).snapshots
+
+
+def check_janitor(wave_fleet: Fleet, killed: LeftSnapshot) -> None:
+    """Nothing goes before its time; then ours goes, and not somebody else's on the same VM and on another."""
+    lab = wave_fleet.lab
+    for vm in (killed.vm_name, "app-01"):
+        lab.govc("snapshot.create", "-vm", vm, "-m=false", "-d", "before the upgrade", f"of-somebody-{vm}")
+    assert tidied(wave_fleet) == {killed.vm_name: "left"}
+    a_day_later(lab, killed)
+    assert tidied(wave_fleet) == {killed.vm_name: "removed"}
+    assert snapshots_of_ours(lab) == () and lab.stats()["open_snapshots"] == 2
+    for vm in (killed.vm_name, "app-01"):
+        assert [word for word in lab.govc("snapshot.tree", "-vm", vm).split() if word != "."] == [f"of-somebody-{vm}"]
+        lab.govc("snapshot.remove", "-vm", vm, "*")
+
+
+def tidied(wave_fleet: Fleet) -> dict[str, str]:
+    """Have the janitor's deployment run as its schedule does; return what became of snapshots, by VM."""
+    product = wave_fleet.product
+    run = wave_fleet.deployed("snapshot-janitor", options={"remove": True})
+    product.await_state(run, "Completed")
+    (report,) = (each["data"] for each in artifacts_of(product, run) if each["type"] == "markdown")
+    rows = [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in report.splitlines()]
+    return {re.findall(r" of ([\w-]+)", row[2])[0]: row[4] for row in rows if row[1:] and row[0] == "snapshot"}
+
+
+def a_day_later(lab: Lab, snapshot: LeftSnapshot) -> None:
+    """Bring a snapshot's end of time, which its description says, into the past."""
+    claim = json.loads(snapshot.description)
+    assert datetime.fromisoformat(claim["expires"]) > datetime.now(UTC)
+    claim["expires"] = (datetime.now(UTC) - timedelta(hours=1)).isoformat()
+    with borrow(lab.connection()) as session:
+        node = session.entity(vim.vm.Snapshot, snapshot.moref)
+        node.RenameSnapshot(name=snapshot.name, description=json.dumps(claim))
 
 
 def test_a_gate_is_let_through_in_the_browser(wave_fleet: Fleet, tmp_path: Path) -> None:

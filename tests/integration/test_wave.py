@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,25 @@ async def test_what_fails_is_told_and_blocks_what_waits_for_it(small_fleet: Lab,
     ]
     assert "OutputExists" in report.vms[0].message
     assert (tmp_path / "app-00" / "disk-0.raw").read_bytes() == b"somebody's"
+
+
+@pytest.mark.e2e  # as long as two other tests here
+async def test_a_share_of_failures_stops_a_wave_once_ten_have_ended(
+    new_lab: Callable[..., Lab], tmp_path: Path
+) -> None:
+    lab = new_lab(scenario=fleet(vms=15))
+    for vm in lab.vms:
+        (tmp_path / vm["name"]).mkdir()
+        (tmp_path / vm["name"] / "disk-0.raw").write_bytes(b"somebody's")
+    report = await carry_out(lab, tmp_path, limits={"runs": 5}, failure={"stop_share": 0.5})
+    failed, unstarted = report.count("failed"), report.count("unstarted")
+    assert failed + unstarted == 15 and 10 <= failed < 15
+    assert report.stopped.endswith("VMs failed, and a share of 0.5 is the limit")
+
+
+async def test_a_toolkit_that_nobody_saved_is_refused(small_fleet: Lab, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"(?s)toolkit 'nowhere'.*no such block"):
+        await carry_out(small_fleet, tmp_path, select=["app-00"], options={"toolkit": "nowhere"})
 
 
 async def test_nobody_can_be_asked_without_workers(small_fleet: Lab, tmp_path: Path) -> None:

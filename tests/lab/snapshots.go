@@ -2,6 +2,8 @@
 package main
 
 import (
+	"cmp"
+
 	"github.com/vmware/govmomi/simulator"
 	"github.com/vmware/govmomi/vim25/methods"
 	"github.com/vmware/govmomi/vim25/soap"
@@ -81,6 +83,30 @@ func (s *snapshot) RemoveSnapshotTask(ctx *simulator.Context, req *types.RemoveS
 		return m.removeSnapshots(ctx, gone, res.Returnval, req.Consolidate == nil || *req.Consolidate)
 	})
 	return &methods.RemoveSnapshot_TaskBody{Res: &types.RemoveSnapshot_TaskResponse{Returnval: ref}}
+}
+
+// RenameSnapshot sets name and description, or the one that is given.
+func (s *snapshot) RenameSnapshot(ctx *simulator.Context, req *types.RenameSnapshot) soap.HasFault {
+	ctx.WithLock(s.m.VirtualMachine, func() {
+		if node := nodeOf(s.m.Snapshot.RootSnapshotList, s.Self); node != nil {
+			node.Name = cmp.Or(req.Name, node.Name)
+			node.Description = cmp.Or(req.Description, node.Description)
+		}
+	})
+	return &methods.RenameSnapshotBody{Res: &types.RenameSnapshotResponse{}}
+}
+
+// nodeOf is where a snapshot is in a tree, nil for nowhere.
+func nodeOf(tree []types.VirtualMachineSnapshotTree, ref types.ManagedObjectReference) *types.VirtualMachineSnapshotTree {
+	for i := range tree {
+		if tree[i].Snapshot == ref {
+			return &tree[i]
+		}
+		if found := nodeOf(tree[i].ChildSnapshotList, ref); found != nil {
+			return found
+		}
+	}
+	return nil
 }
 
 func (m *machine) RemoveAllSnapshotsTask(ctx *simulator.Context, req *types.RemoveAllSnapshots_Task) soap.HasFault {

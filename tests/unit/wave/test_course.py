@@ -133,6 +133,20 @@ def test_a_life_before_is_gone_on_with_and_nothing_starts_twice() -> None:
     assert started(course) == ["c"] and course.attempts["c"].number == 2
 
 
+def test_what_failed_before_a_retry_does_not_stop_it_and_what_fails_again_does() -> None:
+    known = [Attempt(key=key, ending="failed", run_id=key) for key in "ab"]
+    wave = plan("a b c", failure={"stop_after": 2}, limits={"runs": 3})
+    assert started(Course(wave, known=known)) == [], "killed before it had stopped: the rule holds"
+    course = Course(wave, known=known, more_attempts=1)
+    assert started(course) == ["c"]
+    course.ended("c", "done")
+    assert started(course) == ["a", "b"]
+    course.ended("a", "failed")
+    assert not course.stopped
+    course.ended("b", "failed")
+    assert started(course) == [] and course.stopped == "2 VMs failed, and 2 are the limit"
+
+
 def test_gates_hold_what_is_behind_them_until_somebody_says_so() -> None:
     groups = [{"name": "web", "select": ["w"], "after": ["db"], "approve": True}, {"name": "db", "select": ["d"]}]
     course = Course(plan("a w d", canary=["a"], groups=groups, approve_plan=True, approve_after_canary=True))
