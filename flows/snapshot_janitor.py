@@ -59,7 +59,7 @@ async def snapshot_janitor(options: JanitorJob, vcenter: VCenter | None = None) 
         found += there
     for job in jobs.values():
         found += await tidy_folder(job, options)
-    found += await tidy_limits(remove=options.remove)
+    found += await tidy_limits(jobs.values(), options)
     report = JanitorReport(
         removed=options.remove, looked_at=tuple(looked_at), troubles=tuple(troubles), leftovers=tuple(found)
     )

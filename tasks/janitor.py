@@ -6,7 +6,7 @@ Nothing here takes Prefect's word that a run crashed for its death: locks and he
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,13 @@ from prefect.artifacts import acreate_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterEndTime,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
 from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
 from prefect.exceptions import ObjectNotFound
@@ -23,7 +29,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from blocks import VCenter
-from tasks.errors import Hyper2KvmError, JobLocked
+from tasks.errors import Hyper2KvmError, JobLocked, VddkFailed
 from tasks.images.claim import Judgement, judge
 from tasks.images.job import nobody_at_work
 from tasks.images.leftovers import LeftJob, clear_lock, drop_parts
@@ -142,7 +148,9 @@ def _end_access(connection: Connection, job: LeftJob) -> None:
     assert job.state
     with nobody_at_work(job.folder):
         for disk in job.state.disks:
-            VddkReader(vddk_disk(disk, job.state, connection)).end_access()
+            reader = VddkReader(vddk_disk(disk, job.state, connection))
+            if not reader.end_access():
+                raise VddkFailed(call="EndAccess", source=reader.source, words="the VM may still be kept from moving")
 
 
 # ── folders here ─────────────────────────────────────────────────────────────────────────────────────
@@ -205,17 +213,14 @@ def _of(job: LeftJob, kind: str, *, age_s: float) -> Leftover:
 
 
 @task(name="tidy-limits", cache_policy=NO_CACHE)
-async def tidy_limits(*, remove: bool) -> list[Leftover]:
+async def tidy_limits(jobs: Iterable[LeftJob], options: JanitorJob) -> list[Leftover]:
     """Free the slots of our limits that nobody can hold: none but we are at work. Leases that are lost leave such.
 
-    Who holds a lease the server does not tell; while anybody is at work, they are left.
+    Who holds a lease the server does not tell; while anybody is at work, they are left. Prefect's word for that is not
+    enough: a run that it calls crashed may go on, whether or not its job is among those that were found.
     """
     async with get_client() as client:
-        others = FlowRunFilter(
-            id=FlowRunFilterId(not_any_=[flow_run.get_id()]),
-            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=AT_WORK)),
-        )
-        at_work = await client.read_flow_runs(flow_run_filter=others, limit=1)
+        at_work = any(job.held for job in jobs) or await _others_at_work(options)
         found = []
         for limit in await _our_limits():
             about = Leftover(
@@ -228,8 +233,22 @@ async def tidy_limits(*, remove: bool) -> list[Leftover]:
             free = partial(
                 client.update_global_concurrency_limit, limit.name, GlobalConcurrencyLimitUpdate(active_slots=0)
             )
-            found.append(about if at_work else await _tidied(about, free, remove=remove))
+            found.append(about if at_work else await _tidied(about, free, remove=options.remove))
     return found
+
+
+async def _others_at_work(options: JanitorJob) -> bool:
+    """Tell whether a run but ours is at work, or was called crashed so lately that it may be."""
+    lately = datetime.now(UTC) - timedelta(hours=options.locks_after_h)
+    others = FlowRunFilterId(not_any_=[flow_run.get_id()])
+    at_work = FlowRunFilter(id=others, state=FlowRunFilterState(type=FlowRunFilterStateType(any_=AT_WORK)))
+    crashed = FlowRunFilter(
+        id=others,
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED])),
+        end_time=FlowRunFilterEndTime(after_=lately),
+    )
+    async with get_client() as client:
+        return any([await client.read_flow_runs(flow_run_filter=each, limit=1) for each in (at_work, crashed)])
 
 
 async def _our_limits() -> list[GlobalConcurrencyLimitResponse]:

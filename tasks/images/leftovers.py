@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tasks.images.claim import LOST_BEATS_S
 from tasks.images.dirty import is_torn
 from tasks.images.job import LOCK, holder_and_whether_held, job_lock
 from tasks.images.layout import left_overs
@@ -16,9 +18,10 @@ from tasks.models import Value
 
 
 class LeftJob(Value):
-    """The folder of a job. holder: whose name is in its lock; held: whether a run is at work on it now.
+    """The folder of a job. holder: whose name is in its lock.
 
-    silent_s: since the lock was last touched; idle_s: since anything of what arrives was, None where nothing is there.
+    held: whether a run is at work on it now, or may be on another machine: we see its heartbeat, if not its lock.
+    silent_s: since the lock was last touched. idle_s: since anything of what arrives was, None where nothing is there.
     finished: why what is there must stay, "" where nothing says so.
     """
 
@@ -42,12 +45,13 @@ def left_job(folder: Path) -> LeftJob:
     """Return what is to be known of the job of a folder that has a lock."""
     holder, held = holder_and_whether_held(folder)
     state, now = read_state(folder), time.time()
+    silent_s = now - (folder / LOCK).stat().st_mtime
     arriving = [path.stat().st_mtime for path in _arriving(folder)]
     return LeftJob(
         folder=folder,
         holder=holder,
-        held=held,
-        silent_s=now - (folder / LOCK).stat().st_mtime,
+        held=held or _beats_elsewhere(holder, silent_s),
+        silent_s=silent_s,
         idle_s=now - max(arriving) if arriving else None,
         finished=_finished(folder, state),
         state=state,
@@ -68,6 +72,11 @@ def _finished(folder: Path, state: JobState | None) -> str:
     if state and state.all_arrived:
         return "every disk has arrived, and needs nothing of the source any more: run the job again"
     return ""
+
+
+def _beats_elsewhere(holder: dict[str, str], silent_s: float) -> bool:
+    """Tell whether a run on another machine, whose lock we may not see, has touched the job's lock lately."""
+    return holder.get("host", socket.gethostname()) != socket.gethostname() and silent_s < LOST_BEATS_S
 
 
 def clear_lock(folder: Path, holder: dict[str, str]) -> None:

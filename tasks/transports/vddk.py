@@ -171,7 +171,7 @@ class VddkReader:
     def end_access(self) -> bool:
         """Have the server allow again what it forbade for a run that died while it read the disk.
 
-        Not for a reader that is entered. Returns whether VDDK came to its end over it. Raises VddkUnavailable, or what
+        Not for a reader that is entered. Returns whether VDDK said that it did. Raises VddkUnavailable, or what
         `tasks.tls` raises.
         """
         self._library = find_library(self._disk.settings.libdir)

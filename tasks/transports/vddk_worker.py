@@ -130,8 +130,21 @@ class Disk:
     def leave(self) -> None:
         """Close, and have the server allow again what it forbade while the VM was accessed."""
         self.close()
+        try:
+            self.end_access()
+        except VixFailure:
+            if not self.unprepared:  # else nothing was forbidden
+                raise  # which ends this process in a way that has another one try again, and tell
+        finally:
+            self.finish()
+
+    def end_access(self) -> None:
+        """Have the server allow again what it forbade. Raises VixFailure."""
         if self._library.has("EndAccess"):
-            self._library.call("EndAccess", self._params, self._wishes["identity"].encode())
+            self._library.check("EndAccess", self._params, self._wishes["identity"].encode())
+
+    def finish(self) -> None:
+        """Have the library clean up and end."""
         if self._library.has("Cleanup"):
             counts = ctypes.c_uint32(), ctypes.c_uint32()
             self._library.call("Cleanup", self._params, *map(byref, counts))
@@ -248,9 +261,11 @@ def main() -> None:
         try:
             library = Library(wishes)
             disk = Disk(library, wishes)
-            stack.callback(disk.leave)
             if not wishes["open"]:
+                stack.callback(disk.finish)
+                disk.end_access()
                 return
+            stack.callback(disk.leave)
             disk.prepare()
             disk.open()
             worker = Worker(library, disk, wishes, out)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
-from prefect.states import Cancelled
+from prefect.client.schemas.objects import StateType
+from prefect.states import Cancelled, Crashed
+from pydantic import SecretStr
 
 from flows.snapshot_janitor import snapshot_janitor
-from tasks.errors import JanitorUnfinished
+from tasks.errors import JanitorUnfinished, VddkFailed
 from tasks.images.claim import Claim, judge
 from tasks.images.job import job_id, job_lock, machine_id
-from tasks.janitor import AT_WORK
+from tasks.images.leftovers import left_jobs
+from tasks.janitor import AT_WORK, _end_access, read_by_vddk
 from tasks.models import JanitorJob
 from tasks.vsphere.leftovers import survey
 from tasks.vsphere.session import borrow
@@ -158,9 +163,32 @@ async def test_one_vcenter_that_is_gone_keeps_nobody_from_the_other(site, left):
             await client.delete_block_document(block.id)
 
 
-async def test_slots_that_nobody_can_hold_are_freed(site):
+async def test_parts_go_when_they_are_old_and_only_when_asked_and_a_finished_copy_stays(site, tmp_path):
+    parts, copy = {"disk-0.journal", "disk-0.raw.part"}, {"disk-0.raw", "disk-0.digests", "manifest.json"}
+    for name, days, more in (("old", 8, set()), ("young", 6, set()), ("whole", 30, copy)):
+        with job_lock(tmp_path / name, {}):
+            pass
+        for each in parts | more:
+            (tmp_path / name / each).write_text(each)
+            os.utime(tmp_path / name / each, (time.time() - days * 86400,) * 2)
+    before = contents(tmp_path)
+    told = (await tidy(site, folders=(tmp_path,))).leftovers
+    assert [each.done for each in told if each.kind == "journal"] == ["would be removed", "left", "left"]
+    assert contents(tmp_path) == before
+    await tidy(site, folders=(tmp_path,), remove=True)
+    assert contents(tmp_path) == {
+        name: text for name, text in before.items() if name not in {f"old/{p}" for p in parts}
+    }
+
+
+def contents(root):
+    return {str(each.relative_to(root)): each.read_text() for each in root.glob("*/*")}
+
+
+async def test_slots_that_nobody_can_hold_are_freed(site, tmp_path):
     async with get_client() as client:
-        running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=AT_WORK)))
+        in_the_way = FlowRunFilterStateType(any_=[*AT_WORK, StateType.CRASHED])
+        running = FlowRunFilter(state=FlowRunFilterState(type=in_the_way))
         for run in await client.read_flow_runs(flow_run_filter=running):  # of tests before, which killed theirs
             await client.set_flow_run_state(run.id, Cancelled(), force=True)
         for name in ("hyper2kvm-host-esx1", "somebody-elses"):
@@ -169,7 +197,15 @@ async def test_slots_that_nobody_can_hold_are_freed(site):
             )
         (told,) = [each for each in (await tidy(site)).leftovers if each.kind == "slots"]
         assert (told.what, told.done) == ("2 of 3 slots of hyper2kvm-host-esx1", "would be removed")
-        await tidy(site, remove=True)
+        with job_lock(tmp_path / "crashed", {"flow_run": "says-prefect"}):
+            await tidy(site, remove=True, folders=(tmp_path,))
+        slots = {each.name: each.active_slots for each in await client.read_global_concurrency_limits()}
+        assert slots["hyper2kvm-host-esx1"] == 2
+        run, *_ = await client.read_flow_runs(limit=1)
+        await client.set_flow_run_state(run.id, Crashed(), force=True)
+        (told,) = [each for each in (await tidy(site, remove=True)).leftovers if each.kind == "slots"]
+        assert (told.done, told.why) == ("left", "a run is at work, and may hold them")
+        await tidy(site, remove=True, locks_after_h=1e-9)
         slots = {each.name: each.active_slots for each in await client.read_global_concurrency_limits()}
         assert (slots["hyper2kvm-host-esx1"], slots["somebody-elses"]) == (0, 2)
         for name in slots:
@@ -186,6 +222,12 @@ async def test_a_killed_run_of_vddk_gets_its_access_ended_and_keeps_what_it_may_
     site.post("/stats/reset")
     with faults(site, throttle_bytes_per_s=MIB):
         assert await asyncio.to_thread(kill_after, site, command(site, "vddk-export", *words), api, 4 * MIB)
+    assert site.stats()["vddk_prepared"] == 1
+    (job,) = left_jobs(tmp_path)
+    assert read_by_vddk([job], vcenter_uuid) == [job]
+    assert not read_by_vddk([job.model_copy(update={"held": True})], vcenter_uuid)
+    with pytest.raises(VddkFailed):
+        _end_access(site.connection().model_copy(update={"password": SecretStr("wrong")}), job)
     assert site.stats()["vddk_prepared"] == 1
     done = await asyncio.to_thread(run_command, site, "janitor", str(tmp_path), "--remove", "--json", env=api)
     assert done.returncode == 0, done.stderr

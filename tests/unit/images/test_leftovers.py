@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import time
 
 import pytest
 
 from tasks.errors import JobLocked
+from tasks.images.claim import LOST_BEATS_S
 from tasks.images.job import LOCK, job_lock
 from tasks.images.leftovers import clear_lock, drop_parts, left_job, left_jobs
 
@@ -58,3 +62,13 @@ def test_a_job_at_work_keeps_its_parts_and_its_lock(job):
 def test_the_name_of_a_dead_run_is_taken_out_of_its_lock(job):
     clear_lock(job, left_job(job).holder)
     assert (job / LOCK).read_text() == "" and "disk-0.journal" in names(job)
+
+
+@pytest.mark.parametrize(
+    ("host", "silent_s", "beats"),
+    [("another", 30, True), ("another", LOST_BEATS_S + 60, False), (socket.gethostname(), 30, False)],
+)
+def test_a_job_of_another_machine_whose_heart_beats_counts_as_at_work(job, host, silent_s, beats):
+    (job / LOCK).write_text(json.dumps({"flow_run": "keen-owl", "host": host}))
+    os.utime(job / LOCK, (time.time() - silent_s,) * 2)
+    assert left_job(job).held is beats
