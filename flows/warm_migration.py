@@ -26,6 +26,7 @@ from tasks.images import cutover
 from tasks.images.base import base_of
 from tasks.images.boot import need_tools
 from tasks.images.cutover import PLACE, REHEARSAL, Campaign, read_aside, read_campaign, write_aside, write_campaign
+from tasks.images.dirty import distrust
 from tasks.images.state import discard
 from tasks.job import Job, job_at_work
 from tasks.models import Aside, Forecast, Manifest, Migration, Roads, Round, WarmJob
@@ -33,7 +34,7 @@ from tasks.power import Source, as_it_was, begin_aside, check_shutdown, go_off, 
 from tasks.resolve import describe
 from tasks.snapshot import point_in_time
 from tasks.source import sample_disk
-from tasks.steps import quietly, to_the_end
+from tasks.steps import in_thread, quietly, to_the_end
 from tasks.succession import clean_up
 from tasks.sync import enable_tracking
 from tasks.until import Approved, AtTime, Fitting, Until
@@ -164,7 +165,10 @@ class _Migrating:
         return self.job.model_copy(update={"vm": await describe(self.vcenter, self.job.vm.moref)})
 
     async def _compare(self, job: Job, copy: SyncedCopy) -> None:
-        """Read a random sample of each disk at the source. Raises IntegrityMismatch where the copy differs."""
+        """Read a random sample of each disk at the source. Raises IntegrityMismatch where the copy differs.
+
+        Nothing of it counts then: what vSphere did not tell of once, it does not tell of later.
+        """
         by_key = {disk.key: disk for disk in copy.disks}
         seed = time.time_ns()
         for image in copy.manifest.disks:
@@ -176,7 +180,11 @@ class _Migrating:
                 where = (
                     f"of {found.leaves} leaves read at the source {len(found.wrong)} differ, the first {found.wrong[0]}"
                 )
-                remedy = "Check the storage below the copy, and that nothing else writes to it; then run again"
+                remedy = (
+                    "Check the storage below the copy, and that nothing else writes to it; then run again, which "
+                    "reads all of the source"
+                )
+                await in_thread(distrust, None, self.folder, copy.manifest)
                 raise IntegrityMismatch(path=self.folder / image.path, where=where, remedy=remedy)
 
     def _forecast(self) -> Forecast:

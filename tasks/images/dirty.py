@@ -64,6 +64,12 @@ def begin(files: DiskFiles, leaves: Iterable[Extent], done: Iterable[Attempt] = 
     write_atomically(files.dirty, json.dumps(content) + "\n")
 
 
+def distrust(folder: Path, manifest: Manifest) -> None:
+    """Say durably that nothing in the images of a folder is to be believed: the next sync fetches all of it."""
+    for image in manifest.disks:
+        begin(DiskFiles(folder, image.index), whole_disk(image.virtual_size))
+
+
 class DirtyList:
     """What a sync is about to change, told window by window, before it does; and what it has done. For several threads.
 

@@ -19,7 +19,7 @@ from flows.warm_migration import warm_migration
 from tasks import errors
 from tasks.models import Migration, RollbackJob, SyncJob, WarmJob
 from tests.labs import ROOT, Lab, running_lab
-from tests.runs import assert_nothing_left, command, raw_sha256, run_command, vcenter_of
+from tests.runs import assert_nothing_left, command, faults, raw_sha256, run_command, vcenter_of
 
 pytestmark = [pytest.mark.anyio, pytest.mark.live, pytest.mark.usefixtures("prefect_api")]
 
@@ -111,6 +111,19 @@ async def test_without_a_cutover_the_source_is_left_alone(lab, tmp_path):
     assert (made.downtime_s, made.folder, made.forecast and made.forecast.verdict) == (None, None, "fits")
     assert (touched(lab), seen(lab)) == ([], before)
     assert not (tmp_path / "busy" / "rollback.json").exists()
+    assert_nothing_left(lab)
+
+
+async def test_what_vsphere_did_not_tell_is_caught_by_the_sample_and_the_next_run_reads_all(lab, tmp_path):
+    await migrate(lab, tmp_path)
+    lab.post("/stats/reset")
+    lab.post("/guest-write", vm=lab.vm("busy")["moref"], disk=0, offset=MIB, length=MIB, seed=3)
+    with faults(lab, cbt={"wrong": "silent"}), pytest.raises(errors.IntegrityMismatch, match="4 differ, the first 4"):
+        await migrate(lab, tmp_path, cutover="auto", shut_down_source=True, sample=64)
+    assert (touched(lab), seen(lab)[1]) == ([], "poweredOn")
+    made = await migrate(lab, tmp_path)
+    for image in made.manifest.disks:
+        assert raw_sha256(tmp_path / "busy" / image.path, tmp_path) == lab.sha256(lab.vm("busy")["moref"], image.index)
     assert_nothing_left(lab)
 
 

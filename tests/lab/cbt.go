@@ -301,7 +301,7 @@ func (c *cbtTrouble) check() error {
 	if c != nil && !slices.Contains([]string{"", "allocated", "whole", "fail"}, c.Star) {
 		return fmt.Errorf("cbt: star: no answer %q here", c.Star)
 	}
-	if c != nil && !slices.Contains([]string{"", "beyond", "overlapping"}, c.Wrong) {
+	if c != nil && !slices.Contains([]string{"", "beyond", "overlapping", "silent"}, c.Wrong) {
 		return fmt.Errorf("cbt: wrong: no answer %q here", c.Wrong)
 	}
 	return nil
@@ -315,6 +315,8 @@ func spoiled(areas []types.DiskChangeExtent, capacity int64, trouble cbtTrouble)
 		areas = widened(areas, capacity)
 	}
 	switch trouble.Wrong {
+	case "silent":
+		return nil
 	case "beyond":
 		return append(areas, types.DiskChangeExtent{Start: capacity - min(capacity, cbtBlock), Length: 2 * cbtBlock})
 	case "overlapping":
