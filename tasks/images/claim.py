@@ -6,6 +6,7 @@ Read back it proves nothing but that it is whole: whether the job's id belongs t
 from __future__ import annotations
 
 import re
+import socket
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,9 +77,17 @@ def judge_job(folder: Path, *, snapshot: str, machine: str) -> Judgement:
         where = "here" if machine == machine_id() else f"here, but on the machine {machine}"
         return Judgement(False, f"its job's folder {folder} is not {where}: it may be at work")
     who, held = holder_and_whether_held(folder)
-    if held:
-        return Judgement(False, f"its job is at work in {folder}", folder)
     quiet_s = time.time() - lock.stat().st_mtime
+    if held or (machine == machine_id() and beats_elsewhere(who, quiet_s)):
+        return Judgement(False, f"its job is at work in {folder}", folder)
     if machine != machine_id() and (who.get("snapshot") != snapshot or quiet_s < LOST_BEATS_S):
         return Judgement(False, f"its job is of the machine {machine}, and nothing here says that it is dead", folder)
     return Judgement(True, "its time is over and its job is dead", folder)
+
+
+def beats_elsewhere(holder: dict[str, str], silent_s: float) -> bool:
+    """Tell whether a run on another host, whose lock we may not see, has touched its job's lock lately.
+
+    Containers may share a machine id, and with it the job, and have a host name each.
+    """
+    return holder.get("host", socket.gethostname()) != socket.gethostname() and silent_s < LOST_BEATS_S

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tasks.images.claim import LOST_BEATS_S
+from tasks.images.claim import beats_elsewhere
 from tasks.images.dirty import is_torn
 from tasks.images.job import LOCK, holder_and_whether_held, job_lock
 from tasks.images.layout import left_overs
@@ -50,7 +49,7 @@ def left_job(folder: Path) -> LeftJob:
     return LeftJob(
         folder=folder,
         holder=holder,
-        held=held or _beats_elsewhere(holder, silent_s),
+        held=held or beats_elsewhere(holder, silent_s),
         silent_s=silent_s,
         idle_s=now - max(arriving) if arriving else None,
         finished=_finished(folder, state),
@@ -72,11 +71,6 @@ def _finished(folder: Path, state: JobState | None) -> str:
     if state and state.all_arrived:
         return "every disk has arrived, and needs nothing of the source any more: run the job again"
     return ""
-
-
-def _beats_elsewhere(holder: dict[str, str], silent_s: float) -> bool:
-    """Tell whether a run on another machine, whose lock we may not see, has touched the job's lock lately."""
-    return holder.get("host", socket.gethostname()) != socket.gethostname() and silent_s < LOST_BEATS_S
 
 
 def clear_lock(folder: Path, holder: dict[str, str]) -> None:

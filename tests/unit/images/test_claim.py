@@ -110,3 +110,10 @@ def test_the_heartbeat_decides_of_a_job_on_another_machine(folder, silent_s, nam
     (folder / LOCK).write_text(json.dumps({"snapshot": f"hyper2kvm-{known}" if names_it else "hyper2kvm-x"}))
     os.utime(folder / LOCK, (time.time() - silent_s,) * 2)
     assert judged(folder, said).may_go is may_go
+
+
+@pytest.mark.parametrize(("silent_s", "may_go"), [(LOST_BEATS_S + 60, True), (30, False)])
+def test_the_heartbeat_decides_of_a_job_in_another_container_that_shares_our_machine_id(folder, silent_s, may_go):
+    (folder / LOCK).write_text(json.dumps({"host": "another-pod"}))
+    os.utime(folder / LOCK, (time.time() - silent_s,) * 2)
+    assert judged(folder).may_go is may_go
