@@ -1,4 +1,4 @@
-"""`make up` and `make down`: a Prefect server, a worker and a lab vCenter on this machine, on loopback only.
+"""`make up` and `make down`: a Prefect server, its workers and a lab vCenter on this machine, on loopback only.
 
 Every process that `up` starts carries a mark in its environment, which its children inherit; `down` ends what
 carries it and nothing else. State, logs and Prefect's database lie in `.lab/`; an operator's own `~/.prefect` is
@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 HOME = Path(os.environ.get("HYPER2KVM_STATE_DIR") or ROOT / ".lab").resolve()
 STATE = HOME / "state.json"
 MARK = "HYPER2KVM_STARTED_BY"
-ROLES = ("worker", "server", "lab")  # in the order in which they end: a run's last words need the other two
+WORKERS = {"waves": "waves", "worker": "default"}  # and the work queue of each
+ROLES = (*WORKERS, "server", "lab")  # in the order in which they end: a run's last words need the other two
 BLOCK, VM = "lab", "production-web"
 DEFAULT_PORT = 4200  # Prefect's own; the next free one where it is taken
 WORKER_LIMIT = 2  # runs at once: about 100 MB each, and SQLite is not made for more
@@ -62,14 +63,16 @@ def up() -> None:
     if all(_runs(role, state) for role in ROLES):
         say("already up; deploying again")
     if not (_runs("server", state) and _healthy(state)):
-        _end("worker", state)  # it talks to the server that is gone
+        for role in WORKERS:
+            _end(role, state)  # it talks to the server that is gone
         _start_server(state)
     os.environ.update(_environment(state))  # before Prefect is imported, which reads it then
     if not _runs("lab", state):
         _start_lab(state)
     _deploy()
-    if not _runs("worker", state):
-        _start_worker(state)
+    for role in WORKERS:
+        if not _runs(role, state):
+            _start_worker(role, state)
     say(f"Deployments, export, Run: vCenter {BLOCK!r}, VM {VM!r}, output folder {str(ROOT / 'exports')!r}")
     print(f"UI: {_address(state)}", flush=True)
 
@@ -84,7 +87,7 @@ def down() -> None:
     say(f"ended {', '.join(running)}" if running else "nothing was up")
 
 
-# ── the three, and what Prefect must know ────────────────────────────────────────────────────────────
+# ── what there is, and what Prefect must know ────────────────────────────────────────────────────────────
 
 
 def _start_server(state: dict[str, Any]) -> None:
@@ -129,20 +132,25 @@ def _deploy() -> None:
             raise Trouble(f"{' '.join(argv)} failed\n{_tail('deploy')}")
 
 
-def _start_worker(state: dict[str, Any]) -> None:
-    _end("worker", state)
-    say("starting a worker")
-    words = f"--no-prompt worker start --pool {POOL} --type process --name local --limit {WORKER_LIMIT}"
+def _start_worker(role: str, state: dict[str, Any]) -> None:
+    """Start a worker of a queue. What waits for other runs has one of its own, or it could take all their slots."""
+    _end(role, state)
+    say(f"starting a worker for the queue {WORKERS[role]}")
+    words = f"--pool {POOL} --work-queue {WORKERS[role]} --type process --name {role} --limit {WORKER_LIMIT}"
     started = time.time()
-    _spawn("worker", [sys.executable, "-m", "prefect", *words.split()], state)
-    _await(lambda: _polls_since(started, state), "worker")
+    _spawn(role, [sys.executable, "-m", "prefect", "--no-prompt", "worker", "start", *words.split()], state)
+    _await(lambda: _polls_since(started, role, state), role)
 
 
-def _polls_since(started: float, state: dict[str, Any]) -> bool:
+def _polls_since(started: float, role: str, state: dict[str, Any]) -> bool:
     from datetime import datetime
 
     answer = httpx.post(f"{_address(state)}/api/work_pools/{POOL}/workers/filter", json={}, trust_env=False)
-    beats = [worker["last_heartbeat_time"] for worker in answer.json() if worker["last_heartbeat_time"]]
+    beats = [
+        worker["last_heartbeat_time"]
+        for worker in answer.json()
+        if worker["name"] == role and worker["last_heartbeat_time"]
+    ]
     return any(datetime.fromisoformat(beat).timestamp() > started for beat in beats)
 
 

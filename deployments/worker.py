@@ -29,8 +29,14 @@ class DrainingWorker(ProcessWorker, ABC):
     `ABC`, which Prefect registers no worker type for: of type "process" there is one already, and this is it.
     """
 
-    def __init__(self, *, work_pool_name: str, name: str, limit: int) -> None:
-        super().__init__(work_pool_name=work_pool_name, name=name, limit=limit, create_pool_if_not_found=False)
+    def __init__(self, *, work_pool_name: str, name: str, limit: int, work_queues: list[str]) -> None:
+        super().__init__(
+            work_pool_name=work_pool_name,
+            name=name,
+            limit=limit,
+            work_queues=work_queues,
+            create_pool_if_not_found=False,
+        )
         self.draining = False
         self._asking = anyio.Lock()
 
@@ -77,9 +83,10 @@ def main(
     pool: str = POOL,
     name: Annotated[str, Parameter(help="As the UI shows it; each worker its own.")] = socket.gethostname(),
     limit: Annotated[int, Parameter(help="Runs at once: about 100 MB each.")] = 2,
+    queue: Annotated[list[str] | None, Parameter(help="Only from this work queue; may be given again.")] = None,
 ) -> None:
     """Take runs from a work pool until SIGTERM, then end with the last of them."""
-    anyio.run(run, DrainingWorker(work_pool_name=pool, name=name, limit=limit))
+    anyio.run(run, DrainingWorker(work_pool_name=pool, name=name, limit=limit, work_queues=queue or []))
 
 
 if __name__ == "__main__":

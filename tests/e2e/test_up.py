@@ -475,7 +475,7 @@ def test_down_ends_all_of_it_also_in_the_middle_of_a_run(product: Product, tmp_p
         lambda: product.lab.stats()["open_snapshots"] == 1, RUN_TIMEOUT_S, lambda: "no snapshot" + product.logs()
     )
     assert len(product.processes()) > 3
-    assert "ended worker, server, lab" in product.make("down")
+    assert "ended waves, worker, server, lab" in product.make("down")
     assert product.processes() == []
     assert not (product.folder / "datastores").exists()
     assert "nothing was up" in product.make("down")

@@ -99,7 +99,7 @@ def test_the_image_is_made_of_what_is_here_and_is_nobodys_root():
 def test_what_containers_run_is_there(command):
     assert command[:2] == ["python", "-m"]
     assert importlib.util.find_spec(command[2])
-    options = {"--name", "--limit"} if command[2] == "deployments.worker" else set()
+    options = {"--name", "--limit", "--queue"} if command[2] == "deployments.worker" else set()
     assert {word for word in command if word.startswith("--")} <= options | {"--no-prompt", "--no-services"}
 
 
