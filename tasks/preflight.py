@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,7 @@ from tasks.errors import Hyper2KvmError, TrackingOff, UnsupportedDisk
 from tasks.facts import Checked, Finding, Preflight, Severity, VmFacts
 from tasks.images.files import free_bytes, safe_name
 from tasks.models import DiskJob, DownloadJob, JobOptions, SyncJob, Value, VddkJob
-from tasks.reach import Reached, reach_all
+from tasks.reach import Reached, Server, reach_all
 from tasks.road import ROADS
 from tasks.steps import in_thread, on_vcenter
 from tasks.transports.folder import TICKET_BYTES
@@ -46,12 +46,16 @@ SNAPSHOT_CALLS = ("CreateSnapshot_Task", "RemoveSnapshot_Task")
 
 
 class Candidate(Value):
-    """A VM that is to be run: by moref, in a mode, with the options of its run. libdir: of VDDK."""
+    """A VM that is to be run: by moref, in a mode, with the options of its run.
+
+    libdir: of VDDK. server: what the road ssh or nbd reads from, where that is a machine.
+    """
 
     moref: str
     mode: str
     job: DiskJob | DownloadJob
     libdir: str = ""
+    server: Server | None = None
 
     @property
     def road(self) -> str:
@@ -97,13 +101,14 @@ def _privileges(candidates: Iterable[Candidate]) -> tuple[str, ...]:
 
 def _look_here(candidates: Sequence[Candidate], facts: Sequence[VmFacts]) -> Here:
     """Return what this machine reaches, and which VDDK it has, where a run needs that."""
-    by_road: dict[int, set[str]] = {HTTPS: set(), NFC: set()}
+    wanted: defaultdict[str, set[int]] = defaultdict(set)
     for candidate, fact in zip(candidates, facts, strict=True):
         if fact.host and candidate.road in ("vddk", "folder"):
-            by_road[NFC if candidate.road == "vddk" else HTTPS].add(fact.host.name)
-    both = reach_all(by_road[NFC], (HTTPS, NFC)) | reach_all(by_road[HTTPS] - by_road[NFC], (HTTPS,))
+            wanted[fact.host.name] |= {HTTPS, NFC} if candidate.road == "vddk" else {HTTPS}
+        if candidate.server:
+            wanted[candidate.server.host].add(candidate.server.port)
     libdirs = {each.libdir for each in candidates if each.road == "vddk"}
-    return Here(reached=both, vddk={each: _vddk_in(each) for each in libdirs})
+    return Here(reached=reach_all(wanted), vddk={each: _vddk_in(each) for each in libdirs})
 
 
 def _vddk_in(libdir: str) -> int | tuple[str, str]:
@@ -161,6 +166,7 @@ def judge(vcenter: VCenter, candidate: Candidate, fact: VmFacts, here: Here) -> 
     yield from _of_datastores(fact)
     yield from _of_privileges(fact, candidate)
     yield from _of_the_host(vcenter, fact, candidate, here)
+    yield from _of_the_server(candidate, here)
     yield from _of_room_here(fact, candidate)
 
 
@@ -322,6 +328,21 @@ def _of_reaching(answer: Reached, vddk: bool) -> Iterator[Finding]:
         remedy = f"Open port {port} between this machine and the host"
         say = tell if (port == NFC) == vddk else _warning
         yield say("host-port", f"port {port} of {answer.host} does not answer ({why}), {effect}", remedy)
+
+
+def _of_the_server(candidate: Candidate, here: Here) -> Iterator[Finding]:
+    """Yield why what the road ssh or nbd reads from is not there."""
+    if not candidate.server:
+        return
+    (host, port), road = (candidate.server.host, candidate.server.port), candidate.road
+    answer = here.reached[host]
+    if answer.unresolved:
+        remedy = "Let this machine's DNS (or /etc/hosts) know it"
+        yield _no_go("host-name", f"{host} is no name here ({answer.unresolved}), which {road} reads from", remedy)
+    elif why := answer.shut.get(port):
+        remedy = "Start SSH on the host (in vSphere: its Services)" if road == "ssh" else "Start the NBD server"
+        reason = f"port {port} of {host} does not answer ({why}), which {road} reads from"
+        yield _no_go("host-port", reason, f"{remedy}, or open the port between this machine and it")
 
 
 def _older(version: str, than: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 
 from pydantic import Field
@@ -14,6 +14,13 @@ PATIENCE_S = 3.0
 AT_ONCE = 32
 
 
+class Server(Value):
+    """A port of a machine that something is to be read from."""
+
+    host: str
+    port: int
+
+
 class Reached(Value):
     """How a host answers. unresolved: why its name is none here, "" if it is one. shut: why, by port not open."""
 
@@ -22,12 +29,11 @@ class Reached(Value):
     shut: dict[int, str] = Field(default_factory=dict)
 
 
-def reach_all(hosts: Iterable[str], ports: Iterable[int], *, patience_s: float = PATIENCE_S) -> dict[str, Reached]:
-    """Return how each host answers on each port, side by side."""
-    names, wanted = sorted(set(hosts)), tuple(ports)
+def reach_all(wanted: Mapping[str, Set[int]], *, patience_s: float = PATIENCE_S) -> dict[str, Reached]:
+    """Return how each host answers on its ports, side by side."""
     with ThreadPoolExecutor(max_workers=AT_ONCE, thread_name_prefix="reach") as pool:
-        found = pool.map(lambda name: reach(name, wanted, patience_s=patience_s), names)
-        return dict(zip(names, found, strict=True))
+        found = pool.map(lambda name: reach(name, sorted(wanted[name]), patience_s=patience_s), wanted)
+        return dict(zip(wanted, found, strict=True))
 
 
 def reach(host: str, ports: Iterable[int], *, patience_s: float = PATIENCE_S) -> Reached:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,29 @@ async def test_each_trouble_is_found_by_its_name_with_what_to_do(troubled: Lab, 
     assert {name for name, vm in found.items() if vm.go} == WARNINGS
     assert all(finding.reason and finding.remedy for vm in found.values() for finding in vm.findings)
     assert troubled.stats()["open_snapshots"] == 1, "nothing is changed: the one that was there"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"transport": "ssh", "esxi_host": "127.0.0.1:{port}"}, "which ssh reads from"),
+        ({"transport": "nbd", "nbd_uri": "nbd://127.0.0.1:{port}/disk"}, "which nbd reads from"),
+        ({"transport": "ssh", "esxi_host": "nowhere.invalid"}, "nowhere.invalid is no name here"),
+    ],
+)
+async def test_what_ssh_and_nbd_read_from_must_answer(
+    troubled: Lab, tmp_path: Path, options: dict[str, str], reason: str
+) -> None:
+    def said(port: int) -> dict[str, str]:
+        return {name: value.format(port=port) for name, value in options.items()}
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        answered = await found_of(troubled, tmp_path, "sound", options=said(port))
+    silent = await found_of(troubled, tmp_path, "sound", options=said(port))
+    (vm,) = silent.vms
+    assert not vm.go and [finding.reason for finding in vm.findings if reason in finding.reason]
+    assert answered.vms[0].go is ("nowhere" not in reason)
 
 
 async def test_a_virtual_tpm_is_a_warning(new_lab: Callable[..., Lab], tmp_path: Path) -> None:
