@@ -11,10 +11,11 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
+from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from tasks.models import DownloadManifest, Manifest, Migration
 from tests.e2e.processes import marked_processes
@@ -62,10 +63,20 @@ class Product:
     def processes(self) -> list[int]:
         return marked_processes(f"HYPER2KVM_STARTED_BY={self.folder}:")
 
+    def ask(self, method: str, path: str, **body: Any) -> httpx.Response:
+        """Ask the API; again where its database is busy (503), as Prefect's pages and clients do."""
+        again = Retrying(
+            retry=retry_if_result(lambda answer: answer.status_code == 503),
+            stop=stop_after_delay(60),
+            wait=wait_fixed(1),
+            retry_error_callback=lambda state: state.outcome and state.outcome.result(),
+        )
+        url, content = f"{self.address}/api/{path}", body or None
+        return cast(httpx.Response, again(httpx.request, method, url, json=content, timeout=30, trust_env=False))
+
     def api(self, path: str, **body: Any) -> Any:
         """GET without a body, else POST."""
-        method = "POST" if body else "GET"
-        answer = httpx.request(method, f"{self.address}/api/{path}", json=body or None, timeout=30, trust_env=False)
+        answer = self.ask("POST" if body else "GET", path, **body)
         assert answer.is_success, answer.text
         return answer.json() if answer.content else None
 

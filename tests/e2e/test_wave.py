@@ -77,9 +77,8 @@ def test_a_wave_that_was_killed_is_gone_on_with_and_nothing_runs_twice(wave_flee
         shown = next(each for each in reports if each["key"] == "plan-forty")
         page.open(f"{product.address}/v2/artifacts/artifact/{shown['id']}")
         page.wait_for("Plan of wave forty", "Not migrated", "Expected course")
-        assert page.evaluate(
-            "[...document.images].some(i => i.src.startsWith('data:image/svg') && i.naturalWidth > 100)"
-        )
+        drawn = "[...document.images].some(i => i.src.startsWith('data:image/svg') && i.naturalWidth > 100)"
+        await_that(lambda: page.evaluate(drawn), 30, page.text)
         page.picture(PICTURES / "wave-plan.png")
 
 
@@ -114,7 +113,7 @@ def test_the_api_refuses_a_wave_that_the_form_would_refuse(wave_fleet: Fleet) ->
     assert found["enforce_parameter_schema"] is True
     path, block = f"deployments/{found['id']}/create_flow_run", {"$ref": {"block_document_id": wave_fleet.block()}}
     for wave in ({"limits": {"runs": 0}}, {"mode": "teleport"}, {"selct": ["*"]}, {"name": "no/slash"}):
-        answer = wave_fleet.ask("POST", path, parameters={"vcenter": block, "wave": wave})
+        answer = wave_fleet.product.ask("POST", path, parameters={"vcenter": block, "wave": wave})
         assert answer.status_code in (409, 422), f"{wave}: {answer.text}"
 
 

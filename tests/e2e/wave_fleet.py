@@ -12,8 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from tests.e2e.processes import marked_processes
 from tests.e2e.test_up import Product, fill_in
 from tests.labs import ROOT, Lab, running_lab
@@ -88,12 +86,9 @@ class Fleet:
         found = self.product.api("artifacts/filter", **wanted)
         return str(found[0]["data"]) if found else ""
 
-    def ask(self, method: str, path: str, **body: Any) -> httpx.Response:
-        """Send what the UI sends where it is neither GET nor POST, or may be refused."""
-        return httpx.request(method, f"{self.product.address}/api/{path}", json=body, timeout=30, trust_env=False)
-
     def change(self, path: str, **body: Any) -> None:
-        answer = self.ask("PATCH", path, **body)
+        """Send what the UI sends to change something."""
+        answer = self.product.ask("PATCH", path, **body)
         assert answer.is_success, answer.text
 
     def cancel(self, run: str) -> None:
