@@ -27,9 +27,9 @@ from tasks.process import LastWords, outcome_of, wait_for_end
 from tasks.reader import TransientFault, aligned_buffer
 from tasks.transports.ssh_client import SshClient
 
-DEPTH = 4  # of the ten sessions that sshd lets share a connection
+DEPTH = 2  # one begins while the other reads; all of them share one connection, and its two processes' cores
 BUFFER_BYTES = 1024 * 1024
-EXTENT_BYTES = 64 * 1024 * 1024  # each costs a session and a process at the host
+EXTENT_BYTES = 256 * 1024 * 1024  # each costs a session and processes at the host: at 64 MiB, half of its time
 READ_TIMEOUT_S = 30.0
 PROBE_TIMEOUT_S = 60.0
 ENDING_S = 5.0
