@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import cbt, download, fleet, lease, onepass, readers, verify
+from tests.benchmarks import cbt, download, fleet, onepass, readers, verify
 
 BENCHMARKS = {
     "cbt": cbt.main,
     "download": download.main,
     "fleet": fleet.main,
-    "lease": lease.main,
     "onepass": onepass.main,
     "readers": readers.main,
     "verify": verify.main,

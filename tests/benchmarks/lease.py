@@ -1,4 +1,4 @@
-"""Decoding the stream of an NFC lease against `qemu-img convert` of the same stream as a file, until it is durable.
+"""Rows of `readers`: decoding an NFC lease's stream against `qemu-img convert` of it as a file, until it is durable.
 
 Half of the disk holds something that deflates to two thirds. Ours hashes every leaf on the way; qemu-img does not. What
 is read lies in the page cache for both: no network is compared. `HYPER2KVM_BENCH_MIB` makes the disk smaller.
@@ -8,46 +8,30 @@ from __future__ import annotations
 
 import random
 import subprocess
-import tempfile
 from pathlib import Path
 
-from tests.benchmarks.measure import (
-    DISK_BYTES,
-    MIB,
-    Contender,
-    Row,
-    command,
-    compare,
-    interleaved,
-    program,
-    row,
-    show,
-    write,
-)
-from tests.labs import ROOT
+from tests.benchmarks.measure import DISK_BYTES, MIB, Contender, Row, command, compare, interleaved, program, row, show
 
 GOAL = 1.0
 MEMORY_GOAL_MIB = 64  # more than before it begins, whatever the size of the disk
 
 
-def main() -> None:
-    """Run the contenders in turn on one stream; print and leave the rows."""
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory(dir=ROOT / "build") as folder:
-        stream = Path(folder) / "disk.vmdk"
-        make_stream(stream)
-        contenders: dict[str, Contender] = {
-            "ours": lambda target: program("tests.benchmarks.decode_stream", str(stream), str(DISK_BYTES), str(target)),
-            "qemu-img convert": lambda target: command(
-                ["qemu-img", "convert", "-f", "vmdk", "-O", "raw", str(stream), str(target / "disk.raw")], target
-            ),
-        }
-        runs = interleaved(contenders, Path(folder), size=DISK_BYTES)
-        show(runs, "lease", DISK_BYTES)
-        rows += compare("lease", runs, size=DISK_BYTES, goals={"qemu-img convert": GOAL})
-        more = max(run.peak_rss_bytes - run.idle_rss_bytes for run in runs["ours"])
-        rows.append(row("lease", "memory, more", "MiB", more / MIB, MEMORY_GOAL_MIB, 1.0, at_least=False))
-    write("lease", rows)
+def lease_cases(scratch: Path) -> list[Row]:
+    """Run the contenders in turn on one stream; return the rows."""
+    stream = scratch / "disk.vmdk"
+    make_stream(stream)
+    contenders: dict[str, Contender] = {
+        "ours": lambda target: program("tests.benchmarks.decode_stream", str(stream), str(DISK_BYTES), str(target)),
+        "qemu-img convert": lambda target: command(
+            ["qemu-img", "convert", "-f", "vmdk", "-O", "raw", str(stream), str(target / "disk.raw")], target
+        ),
+    }
+    runs = interleaved(contenders, scratch, size=DISK_BYTES)
+    stream.unlink()
+    show(runs, "lease decode", DISK_BYTES)
+    rows = compare("lease decode", runs, size=DISK_BYTES, goals={"qemu-img convert": GOAL})
+    more = max(run.peak_rss_bytes - run.idle_rss_bytes for run in runs["ours"])
+    return [*rows, row("lease decode", "memory, more", "MiB", more / MIB, MEMORY_GOAL_MIB, 1.0, at_least=False)]
 
 
 def make_stream(stream: Path) -> None:

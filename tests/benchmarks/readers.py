@@ -1,8 +1,8 @@
-"""The roads' readers against the programs that read the same: C with the same queue depth, nbdcopy, `ssh cat`.
+"""The roads' readers against programs that read the same: C with the same queue depth, nbdcopy, `ssh cat`, qemu-img.
 
 VDDK and C copy to a file (ours hashes every leaf on the way), until it is durable; of the others the bytes go nowhere,
 as what is compared is how fast they come. Server and client share the machine, so the figures are good for ratios only.
-`HYPER2KVM_BENCH_MIB` makes the disk smaller.
+The rows of leases are `lease`'s. `HYPER2KVM_BENCH_MIB` makes the disk smaller.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tasks.transports.nbd import NbdDisk
 from tasks.transports.ssh import SshDisk
 from tasks.transports.vddk import REQUEST_BYTES, VddkDisk
 from tests.benchmarks.download import random_file
+from tests.benchmarks.lease import lease_cases
 from tests.benchmarks.measure import DISK_BYTES, MIB, Contender, Row, Run, compare, interleaved, row, show, write
 from tests.labs import ROOT, VDDK, Lab, running_lab
 from tests.sshd import EsxiHost, esxi_host
@@ -45,6 +46,8 @@ def main() -> None:
         rows += nbd_case(scratch, image)
         rows += ssh_case(scratch)
         rows += half_empty(scratch)
+        image.unlink()
+        rows += lease_cases(scratch)
     write("readers", rows)
 
 
