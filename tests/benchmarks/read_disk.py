@@ -1,6 +1,7 @@
-"""One of our readers as a process: `read_disk vddk|nbd|ssh [folder]`, with the disk as JSON, secrets and all, on stdin.
+"""One of our readers as a process: `read_disk vddk|nbd|ssh [folder|-]`, the disk as JSON, secrets and all, on stdin.
 
-What is allocated is streamed by as many threads as the reader takes, to nowhere, or copied, hashed, into the folder.
+What is allocated is streamed by as many threads as the reader takes, to nowhere, or copied, hashed, into the folder;
+`-`: each buffer is copied once in memory.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from tasks.images.digests import Digests
 from tasks.images.extents import leaf_aligned
 from tasks.images.raw import RawWriter
 from tasks.models import Extent
-from tasks.reader import KnowsAllocated, Reader, cut
+from tasks.reader import KnowsAllocated, Reader, aligned_buffer, cut
 from tasks.transports.nbd import NbdDisk, NbdReader
 from tasks.transports.ssh import SshDisk, SshReader
-from tasks.transports.vddk import VddkDisk, VddkReader
+from tasks.transports.vddk import REQUEST_BYTES, VddkDisk, VddkReader
 from tests.benchmarks.child import measured
 
 KINDS: dict[str, tuple[Any, Callable[[Any], Reader]]] = {
@@ -32,20 +33,31 @@ KINDS: dict[str, tuple[Any, Callable[[Any], Reader]]] = {
 
 
 def main(kind: str, folder: str = "") -> None:
-    """Read the disk, opening it included; with a folder, open it, and then copy it there as the product does."""
+    """Read the disk, opening it included; with a folder or `-`, open it, and then copy it there."""
     disk_class, reader_class = KINDS[kind]
     reader = reader_class(disk_class.model_validate(json.load(sys.stdin)))
     if not folder:
         measured(lambda: open_and_read(reader))
         return
     with reader:
-        measured(lambda: copy_all(reader, Path(folder)))
+        measured(lambda: read_all(reader, into_memory) if folder == "-" else copy_all(reader, Path(folder)))
 
 
 def open_and_read(reader: Reader) -> None:
-    with reader, ThreadPoolExecutor(reader.depth) as pool:
+    with reader:
+        read_all(reader, lambda stream: deque(stream, maxlen=0))
+
+
+def read_all(reader: Reader, take: Callable[[Iterable[tuple[int, Any]]], object]) -> None:
+    with ThreadPoolExecutor(reader.depth) as pool:
         pieces = (piece for extent in wanted(reader) for piece in cut(extent, reader.preferred_extent_bytes))
-        list(pool.map(lambda piece: deque(reader.stream(piece), maxlen=0), pieces))
+        list(pool.map(lambda piece: take(reader.stream(piece)), pieces))
+
+
+def into_memory(stream: Iterable[tuple[int, Any]]) -> None:
+    copied = aligned_buffer(REQUEST_BYTES)
+    for _, buffer in stream:
+        copied[: len(buffer)] = buffer
 
 
 def copy_all(reader: Reader, folder: Path) -> None:
