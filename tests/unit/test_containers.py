@@ -20,7 +20,7 @@ from compose_spec import PyCompose
 from prefect.utilities.schema_tools import is_valid_schema, validate
 from prefect.utilities.templating import apply_values
 
-from deployments import POOL
+from deployments import POOL, worker
 from deployments.deploy import HEARTBEAT
 from tests.labs import ROOT
 
@@ -82,7 +82,7 @@ def test_the_image_has_the_packages_that_setup_installs():
     installed = set(re.findall(r"^ {6}([a-z0-9 -]+?) *\\$", DOCKERFILE, re.MULTILINE))
     words = {word for line in installed for word in line.split()}
     builds_the_lab = {"gcc", "libc6-dev", "libssl-dev"}
-    assert (make_variable("APT") - builds_the_lab) | make_variable("APT_BOOT") <= words
+    assert (make_variable("APT") - builds_the_lab) | make_variable("APT_BOOT") | {"openssh-client"} <= words
     assert words & builds_the_lab == set()
 
 
@@ -92,6 +92,7 @@ def test_the_image_is_made_of_what_is_here_and_is_nobodys_root():
     top = {name.partition(".")[0] for name in packages}
     assert top and {f"!{name}" for name in (*top, "deployments", "constraints.txt", "pyproject.toml")} <= set(ignored)
     assert all((ROOT / each[1:]).exists() for each in ignored if each.startswith("!"))
+    assert ignored.index("deployments/production") > ignored.index("!deployments")  # the last rule wins
     assert re.search(r"^USER [1-9]\d*$", DOCKERFILE, re.MULTILINE)
 
 
@@ -99,8 +100,10 @@ def test_the_image_is_made_of_what_is_here_and_is_nobodys_root():
 def test_what_containers_run_is_there(command):
     assert command[:2] == ["python", "-m"]
     assert importlib.util.find_spec(command[2])
-    options = {"--name", "--limit", "--queue"} if command[2] == "deployments.worker" else set()
-    assert {word for word in command if word.startswith("--")} <= options | {"--no-prompt", "--no-services"}
+    if command[2] == "deployments.worker":
+        worker.app.parse_args(command[3:], exit_on_error=False, print_error=False)
+    else:
+        assert {word for word in command if word.startswith("--")} <= {"--no-prompt", "--no-services"}
 
 
 def test_compose_takes_it_and_its_services_are_those_of_systemd():
@@ -141,6 +144,10 @@ def test_kubernetes_takes_secrets_by_name_and_all_names_agree():
     (container,) = worker["spec"]["template"]["spec"]["containers"]
     assert container["envFrom"] == pod["containers"][0]["envFrom"] == [{"secretRef": {"name": "hyper2kvm-worker"}}]
     assert container["args"][container["args"].index("--pool") + 1] == POOL
+    environment = {each["name"]: each["value"] for each in container["env"]}
+    secret = "PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET"
+    assert environment[f"{secret}_NAME"] == "hyper2kvm-worker"
+    assert environment[f"{secret}_KEY"] in (PRODUCTION / "worker.secrets.example").read_text()
     named = {(each["kind"], each["metadata"]["name"]) for each in manifests()}
     assert ("PersistentVolumeClaim", pod["volumes"][0]["persistentVolumeClaim"]["claimName"]) in named
     assert ("ServiceAccount", pod["serviceAccountName"]) in named
@@ -151,5 +158,9 @@ def test_kubernetes_takes_secrets_by_name_and_all_names_agree():
 
 def test_each_environment_variable_is_a_setting_of_prefects():
     text = "".join(path.read_text() for path in PRODUCTION.rglob("*") if path.is_file() and path.suffix != ".md")
-    found = {name for name in environment_names(text) - NO_SETTINGS if not name.startswith("PREFECT_REDIS_")}
+    found = {
+        name
+        for name in environment_names(text) - NO_SETTINGS
+        if not name.startswith(("PREFECT_REDIS_", "PREFECT_INTEGRATIONS_"))
+    }
     assert found and {name for name in found if not hasattr(prefect.settings, name)} == set()
