@@ -12,7 +12,7 @@ from tasks.facts import Preflight
 from tasks.plan import inventory_of, tags_in
 from tasks.preflight import Candidate, check, kind_of
 from tasks.resolve import locate
-from tasks.saved import libdir_of, server_of
+from tasks.saved import needs_of
 from tasks.steps import on_vcenter, quietly
 from tasks.vsphere.survey import listing_of
 from tasks.wave.choose import Listed, chosen, is_pattern
@@ -36,9 +36,9 @@ async def preflight(vcenter: VCenter, options: PreflightJob) -> Preflight:
     async with connected(vcenter):
         found = await _chosen(vcenter, options.select)
         jobs = [kind_of(job_of(options.mode, vm.path, options.output_dir, options.options)) for vm in found]
-        libdir, server = await libdir_of(options.options), await server_of(options.options)
+        (needs,) = await needs_of([options.options])
         candidates = [
-            Candidate(moref=vm.moref, mode=options.mode, job=job, libdir=libdir, server=server)
+            Candidate(moref=vm.moref, mode=options.mode, job=job, needs=needs)
             for vm, job in zip(found, jobs, strict=True)
         ]
         report = await check(vcenter, candidates)

@@ -16,7 +16,7 @@ from blocks import VCenter
 from tasks.connect import connected
 from tasks.facts import Preflight
 from tasks.preflight import Candidate, check, kind_of
-from tasks.saved import libdir_of, server_of
+from tasks.saved import needs_of
 from tasks.steps import in_thread, on_vcenter, quietly
 from tasks.vsphere.session import Session
 from tasks.vsphere.survey import listing
@@ -88,15 +88,10 @@ def _selectors(wave: Wave) -> list[str]:
 
 
 async def _checked(vcenter: VCenter, found: list[Member]) -> Preflight:
+    needs = await needs_of([each.options for each in found])
     candidates = [
-        Candidate(
-            moref=each.vm.moref,
-            mode=each.mode,
-            job=kind_of(member_job(each)),
-            libdir=await libdir_of(each.options),
-            server=await server_of(each.options),
-        )
-        for each in found
+        Candidate(moref=each.vm.moref, mode=each.mode, job=kind_of(member_job(each)), needs=need)
+        for each, need in zip(found, needs, strict=True)
     ]
     return await check(vcenter, candidates)
 

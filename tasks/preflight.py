@@ -18,8 +18,9 @@ from tasks.errors import Hyper2KvmError, TrackingOff, UnsupportedDisk
 from tasks.facts import Checked, Finding, Preflight, Severity, VmFacts
 from tasks.images.files import free_bytes, safe_name
 from tasks.models import DiskJob, DownloadJob, JobOptions, SyncJob, Value, VddkJob
-from tasks.reach import Reached, Server, reach_all
+from tasks.reach import Reached, reach_all
 from tasks.road import ROADS
+from tasks.saved import Needs
 from tasks.steps import in_thread, on_vcenter
 from tasks.transports.folder import TICKET_BYTES
 from tasks.transports.vddk_library import find_library
@@ -46,16 +47,12 @@ SNAPSHOT_CALLS = ("CreateSnapshot_Task", "RemoveSnapshot_Task")
 
 
 class Candidate(Value):
-    """A VM that is to be run: by moref, in a mode, with the options of its run.
-
-    libdir: of VDDK. server: what the road ssh or nbd reads from, where that is a machine.
-    """
+    """A VM that is to be run: by moref, in a mode, with the options of its run, and what its road needs here."""
 
     moref: str
     mode: str
     job: DiskJob | DownloadJob
-    libdir: str = ""
-    server: Server | None = None
+    needs: Needs
 
     @property
     def road(self) -> str:
@@ -105,9 +102,9 @@ def _look_here(candidates: Sequence[Candidate], facts: Sequence[VmFacts]) -> Her
     for candidate, fact in zip(candidates, facts, strict=True):
         if fact.host and candidate.road in ("vddk", "folder"):
             wanted[fact.host.name] |= {HTTPS, NFC} if candidate.road == "vddk" else {HTTPS}
-        if candidate.server:
-            wanted[candidate.server.host].add(candidate.server.port)
-    libdirs = {each.libdir for each in candidates if each.road == "vddk"}
+        if candidate.needs.server:
+            wanted[candidate.needs.server.host].add(candidate.needs.server.port)
+    libdirs = {each.needs.libdir for each in candidates if each.road == "vddk"}
     return Here(reached=reach_all(wanted), vddk={each: _vddk_in(each) for each in libdirs})
 
 
@@ -306,7 +303,7 @@ def _of_the_host(vcenter: VCenter, fact: VmFacts, candidate: Candidate, here: He
     if not host.connected:
         yield _no_go("host", f"its ESXi host {host.name} is not connected", "Connect the host in vSphere")
     vddk, answer = candidate.road == "vddk", here.reached.get(host.name)
-    version = here.vddk.get(candidate.libdir) if vddk else None
+    version = here.vddk.get(candidate.needs.libdir) if vddk else None
     if isinstance(version, tuple):
         yield _no_go("vddk", *version)
     elif version and host.version and _older(host.version, SERVES[version]):
@@ -332,9 +329,9 @@ def _of_reaching(answer: Reached, vddk: bool) -> Iterator[Finding]:
 
 def _of_the_server(candidate: Candidate, here: Here) -> Iterator[Finding]:
     """Yield why what the road ssh or nbd reads from is not there."""
-    if not candidate.server:
+    if not candidate.needs.server:
         return
-    (host, port), road = (candidate.server.host, candidate.server.port), candidate.road
+    (host, port), road = (candidate.needs.server.host, candidate.needs.server.port), candidate.road
     answer = here.reached[host]
     if answer.unresolved:
         remedy = "Let this machine's DNS (or /etc/hosts) know it"

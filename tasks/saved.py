@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -10,7 +10,7 @@ from prefect.blocks.core import Block
 
 from blocks import ESXiHost, NbdSource, VddkToolkit
 from tasks.errors import InvalidInput
-from tasks.models import split_address
+from tasks.models import Value, split_address
 from tasks.reach import Server
 
 SSH, NBD = 22, 10809  # ports, where none is said
@@ -32,28 +32,51 @@ async def saved_block(option: str, name: str) -> Block:
         raise InvalidInput(what=what, why="no such block is saved", remedy="Save it in the UI") from error
 
 
-async def server_of(options: Mapping[str, Any]) -> Server | None:
-    """Return what a run reads from by ssh or nbd, by its options; None where that is no machine, or not known yet."""
-    transport = str(options.get("transport") or "")
+class Needs(Value):
+    """What a run's road needs on this side. libdir: of VDDK. server: what ssh or nbd reads from, if it is a machine."""
+
+    libdir: str
+    server: Server | None
+
+
+async def needs_of(runs: Sequence[Mapping[str, Any]]) -> list[Needs]:
+    """Return what the roads of runs need, by their options; each block that these name is asked for once."""
+    named = [_named(options) for options in runs]
+    blocks = {each: await saved_block(*each) for each in sorted({each for names in named for each in names.items()})}
+    return [
+        _needs(options, {option: blocks[option, name] for option, name in names.items()})
+        for options, names in zip(runs, named, strict=True)
+    ]
+
+
+def _named(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the blocks that a run's options name and its road looks at, by option."""
+    looked_at = ("toolkit", {"ssh": "esxi_block", "nbd": "nbd_source"}.get(str(options.get("transport"))))
+    return {option: str(options[option]) for option in looked_at if option and options.get(option)}
+
+
+def _needs(options: Mapping[str, Any], blocks: Mapping[str, Block]) -> Needs:
+    toolkit, transport = blocks.get("toolkit"), options.get("transport")
+    libdir = toolkit.libdir if isinstance(toolkit, VddkToolkit) else str(options.get("vddk_libdir") or "")
     if transport == "ssh":
-        name = options.get("esxi_block")
-        block = await saved_block("esxi_block", str(name)) if name else None
-        if isinstance(block, ESXiHost):
-            return Server(host=block.host, port=block.port)
-        host, port = split_address(str(options["esxi_host"])) if options.get("esxi_host") else ("", None)
-        return Server(host=host, port=port or SSH) if host else None
+        return Needs(libdir=libdir, server=_ssh_server(options, blocks.get("esxi_block")))
     if transport == "nbd":
-        name = options.get("nbd_source")
-        block = await saved_block("nbd_source", str(name)) if name else None
-        uri = urlsplit(block.uri if isinstance(block, NbdSource) else str(options.get("nbd_uri") or ""))
-        if uri.scheme in ("nbd", "nbds") and uri.hostname and "{" not in uri.netloc:
-            return Server(host=uri.hostname, port=uri.port or NBD)
+        return Needs(libdir=libdir, server=_nbd_server(options, blocks.get("nbd_source")))
+    return Needs(libdir=libdir, server=None)
+
+
+def _ssh_server(options: Mapping[str, Any], block: Block | None) -> Server | None:
+    if isinstance(block, ESXiHost):
+        return Server(host=block.host, port=block.port)
+    if not options.get("esxi_host"):
+        return None
+    host, port = split_address(str(options["esxi_host"]))
+    return Server(host=host, port=port or SSH)
+
+
+def _nbd_server(options: Mapping[str, Any], block: Block | None) -> Server | None:
+    """Return the server of a URI; None for a command, a socket, or a host that is filled in for each disk."""
+    uri = urlsplit(block.uri if isinstance(block, NbdSource) else str(options.get("nbd_uri") or ""))
+    if uri.scheme in ("nbd", "nbds") and uri.hostname and "{" not in uri.netloc:
+        return Server(host=uri.hostname, port=uri.port or NBD)
     return None
-
-
-async def libdir_of(options: Mapping[str, Any]) -> str:
-    """Return where VDDK lies by a run's options: in the folder of the toolkit that they name, or the one they say."""
-    if name := options.get("toolkit"):
-        toolkit = await saved_block("toolkit", str(name))
-        return toolkit.libdir if isinstance(toolkit, VddkToolkit) else ""
-    return str(options.get("vddk_libdir") or "")

@@ -37,11 +37,11 @@ def enable_tracking(session: Session, vm: VirtualMachine, *, name: str, descript
     action = f"changed block tracking of {vm.name}"
     run_task(session, action, lambda: entity.ReconfigVM_Task(spec), timeout_s=RECONFIGURE_TIMEOUT_S)
     if not retrieve(session, [entity], ("config.changeTrackingEnabled",))[entity].get("config.changeTrackingEnabled"):
-        why, remedy = (
-            "vSphere took the wish to switch it on, and left it off",
-            "See in vSphere what keeps it off",
+        raise TrackingOff(
+            vm=vm.name,
+            why="vSphere took the wish to switch it on, and left it off",
+            remedy="See in vSphere what keeps it off",
         )
-        raise TrackingOff(vm=vm.name, why=why, remedy=remedy)
     take_snapshot(session, vm, name=name, description=description, quiesce=False, or_crash_consistent=True)
     drop_snapshot(session, vm.moref, name=name)
     if deaf := [disk.title for disk in live_disks(session, vm) if not disk.change_id and not disk.problem]:

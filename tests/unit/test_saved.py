@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tasks.reach import Server
-from tasks.saved import server_of
+from tasks.saved import needs_of
 
 pytestmark = pytest.mark.anyio
 
@@ -23,4 +23,5 @@ pytestmark = pytest.mark.anyio
     ],
 )
 async def test_what_a_run_reads_from_is_the_machine_that_its_options_name(options, server):
-    assert await server_of(options) == (Server(host=server[0], port=server[1]) if server else None)
+    (needs,) = await needs_of([options])
+    assert needs.server == (Server(host=server[0], port=server[1]) if server else None)
