@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,7 +18,16 @@ from tasks.vsphere.leftovers import LeftSnapshot, survey
 from tasks.vsphere.session import borrow
 from tests.e2e.screenshot import browser
 from tests.e2e.test_up import MIB, PICTURES, artifacts_of, await_that
-from tests.e2e.wave_fleet import REFUSED, VICTIM, VMS, WAVE_TIMEOUT_S, Fleet, kill_run, vm_of
+from tests.e2e.wave_fleet import (
+    REFUSED,
+    VICTIM,
+    VMS,
+    WAVE_TIMEOUT_S,
+    Fleet,
+    assert_equal_to_the_source,
+    kill_run,
+    vm_of,
+)
 from tests.labs import Lab
 
 pytestmark = pytest.mark.e2e
@@ -102,9 +110,7 @@ def check_contents(wave_fleet: Fleet, out: Path) -> None:
     """Every image equals what qemu-img reads of the source's own files."""
     for number in range(VMS - REFUSED):
         name = f"app-{number:02}"
-        image, source = out / name / "disk-0.raw", wave_fleet.source(name)
-        argv = ["qemu-img", "compare", "-f", "raw", "-F", "vmdk", str(image), str(source)]
-        assert subprocess.run(argv, capture_output=True).returncode == 0, name
+        assert_equal_to_the_source(wave_fleet, name, out / name / "disk-0.raw")
 
 
 def test_the_api_refuses_a_wave_that_the_form_would_refuse(wave_fleet: Fleet) -> None:

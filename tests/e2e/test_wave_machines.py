@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
@@ -16,6 +14,7 @@ from tasks.models import Manifest
 from tasks.wave.models import Limits, Wave
 from tests.e2e.fleet import Fleet, await_that, fleet
 from tests.e2e.processes import marked_processes
+from tests.e2e.wave_fleet import children_of, kill_run, vm_of
 from tests.labs import Lab, running_lab
 from tests.runs import assert_equal_to_the_guests_disks
 from tests.waves import fleet as vms
@@ -52,11 +51,6 @@ def saved_wave_run(it: Fleet, lab: Lab, output: Path) -> str:
     return str(it.api(f"deployments/{deployment}/create_flow_run", parameters=parameters)["id"])
 
 
-def runs_of(it: Fleet, wave: str) -> list[dict[str, Any]]:
-    runs = it.api("flow_runs/filter", flow_runs={"tags": {"all_": [f"wave:{wave}"]}}, limit=200)
-    return [run for run in runs if any(tag.startswith("vm:") for tag in run["tags"])]
-
-
 def await_state(it: Fleet, run: str, wanted: str) -> None:
     def state() -> str:
         return str(it.api(f"flow_runs/{run}")["state_name"])
@@ -84,14 +78,12 @@ def test_a_wave_killed_on_one_machine_is_gone_on_with_on_another_and_starts_noth
     wave = saved_wave_run(it, lab, tmp_path)
 
     def states() -> list[str]:
-        return [run["state_type"] for run in runs_of(it, wave)]
+        return [run["state_type"] for run in children_of(it.api, wave)]
 
     await_that(lambda: {"COMPLETED", "RUNNING"} <= {*states()}, WITHIN_S, lambda: f"{states()}{it.tails()}")
     lost = machine_of(wave)
-    place = Path(f"/proc/{min(processes_of(wave))}/cwd").resolve()
-    for pid in processes_of(wave):
-        os.kill(pid, signal.SIGKILL)
-    before = {run["id"] for run in runs_of(it, wave)}
+    place = kill_run(wave)
+    before = {run["id"] for run in children_of(it.api, wave)}
     await_state(it, wave, "Crashed")
     await_that(lambda: not place.exists(), WITHIN_S, it.tails)  # the worker has said all it will
     it.processes[lost].send_signal(signal.SIGTERM)
@@ -102,8 +94,8 @@ def test_a_wave_killed_on_one_machine_is_gone_on_with_on_another_and_starts_noth
     assert machine_of(wave) == other
     await_state(it, wave, "Completed")
 
-    runs = runs_of(it, wave)
-    assert sorted(run["parameters"]["options"]["vm_name"].rpartition("/")[2] for run in runs) == VMS
+    runs = children_of(it.api, wave)
+    assert sorted(map(vm_of, runs)) == VMS
     assert {run["state_type"] for run in runs} == {"COMPLETED"} and before < {run["id"] for run in runs}
     calls = lab.stats()["soap_calls"]
     assert calls.get("CreateSnapshot_Task", 0) + calls.get("CreateSnapshotEx_Task", 0) == len(VMS)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.wave_fleet import Fleet
+from tests.e2e.wave_fleet import Fleet, assert_equal_to_the_source
 from tests.labs import VDDK, running_lab
 from tests.sshd import esxi_host
 from tests.waves import fleet, nfc_port
@@ -81,13 +80,6 @@ def test_every_mode_and_road_runs_in_one_wave(site: Fleet, tmp_path: Path) -> No
 
 def why_failed(fleet: Fleet, wave: str) -> str:
     return "\n".join(f"{run['name']}: {run['state']['message']}" for run in fleet.children(wave))
-
-
-def assert_equal_to_the_source(fleet: Fleet, vm: str, image: Path) -> None:
-    """Compare an image with what qemu-img reads of the VM's own disk, which nothing writes to."""
-    argv = ["qemu-img", "compare", "-f", image.suffix[1:], "-F", "vmdk", str(image), str(fleet.source(vm))]
-    done = subprocess.run(argv, capture_output=True, text=True)
-    assert done.returncode == 0, f"{vm}: {done.stdout}{done.stderr}"
 
 
 def test_an_option_that_runs_on_workers_would_not_hear_of_is_refused(wave_fleet: Fleet, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,7 @@ class Fleet:
 
     def children(self, wave: str, kind: str = "vm") -> list[dict[str, Any]]:
         """Return the runs that a wave created, of VMs or gates."""
-        runs = self.product.api("flow_runs/filter", flow_runs={"tags": {"all_": [f"wave:{wave}"]}}, limit=200)
-        return [run for run in runs if any(tag.startswith(f"{kind}:") for tag in run["tags"])]
+        return children_of(self.product.api, wave, kind)
 
     def ended(self, wave: str) -> int:
         return sum(run["state_type"] in ENDS for run in self.children(wave))
@@ -132,7 +131,7 @@ def environment(product: Product) -> dict[str, str]:
 
 
 class _worker:
-    """One more worker for the block: the one of `make up` takes two runs, of which the wave is one."""
+    """One more worker for the block: that of `make up` takes two VMs at once."""
 
     def __init__(self, env: dict[str, str], product: Product) -> None:
         words = "worker start --pool hyper2kvm --type process --name second --limit 4"
@@ -149,6 +148,19 @@ class _worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
         self._log.close()
+
+
+def children_of(api: Callable[..., Any], wave: str, kind: str = "vm") -> list[dict[str, Any]]:
+    """Return the runs that a wave created, of VMs or gates, as Prefect's API tells them."""
+    runs = api("flow_runs/filter", flow_runs={"tags": {"all_": [f"wave:{wave}"]}}, limit=200)
+    return [run for run in runs if any(tag.startswith(f"{kind}:") for tag in run["tags"])]
+
+
+def assert_equal_to_the_source(fleet: Fleet, vm: str, image: Path) -> None:
+    """Compare an image with what qemu-img reads of the VM's own disk, which nothing writes to."""
+    argv = ["qemu-img", "compare", "-f", image.suffix[1:], "-F", "vmdk", str(image), str(fleet.source(vm))]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, f"{vm}: {done.stdout}{done.stderr}"
 
 
 def vm_of(run: dict[str, Any]) -> str:
