@@ -87,7 +87,7 @@ def down() -> None:
     say(f"ended {', '.join(running)}" if running else "nothing was up")
 
 
-# ── what there is, and what Prefect must know ────────────────────────────────────────────────────────────
+# ── what there is, and what Prefect must know ────────────────────────────────────────────────────────
 
 
 def _start_server(state: dict[str, Any]) -> None:

@@ -222,7 +222,7 @@ def test_a_worker_that_is_ended_lets_its_run_finish_and_takes_no_other(
 
 def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
     units = sorted((PRODUCTION / "systemd").iterdir())
-    assert len(units) == 4
+    assert len(units) == 3
     for unit in units:
         text = unit.read_text()
         assert "/opt/hyper2kvm/.venv/bin/python" in text
