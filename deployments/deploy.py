@@ -1,7 +1,7 @@
 """`make deploy`: brings a Prefect server up to what stands here: pool, block types, deployments, limits, automations.
 
-Done twice, nothing is there twice; what operators changed (the pool's template, a limit's slots, an automation switched
-off) stays. Which server: `PREFECT_API_URL`, `PREFECT_API_AUTH_STRING`.
+Done twice, nothing is there twice; what operators changed (the pool's template, a limit's slots, an automation or a
+schedule switched on or off) stays. Which server: `PREFECT_API_URL`, `PREFECT_API_AUTH_STRING`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterName
+from prefect.client.schemas.objects import DeploymentSchedule
 from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
@@ -31,8 +34,9 @@ def main() -> int:
     """Do all of it; return the exit status."""
     with get_client(sync_client=True) as client:
         make_pool(client)
-        if status := deploy(None):
-            return status
+        with switches_kept(client):
+            if status := deploy(None):
+                return status
         make_limits(client)
         make_automations(client)
     return 0
@@ -61,6 +65,23 @@ def deploy(log: IO[Any] | None) -> int:
         if status := subprocess.run(argv, cwd=ROOT, stdout=log, stderr=log and subprocess.STDOUT).returncode:
             return status
     return 0
+
+
+@contextmanager
+def switches_kept(client: SyncPrefectClient) -> Iterator[None]:
+    """Leave schedules switched on or off as they are: Prefect's deploying sets them to what prefect.yaml says."""
+    before = {(each.deployment_id, each.slug): each.active for each in _schedules(client)}
+    yield
+    for each in _schedules(client):
+        active = before.get((each.deployment_id, each.slug), each.active)
+        if each.deployment_id and active != each.active:
+            client.update_deployment_schedule(each.deployment_id, each.id, active=active)
+
+
+def _schedules(client: SyncPrefectClient) -> list[DeploymentSchedule]:
+    """Return the schedules of the pool's deployments that have a name: prefect.yaml knows no others."""
+    ours = client.read_deployments(work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL])), limit=200)
+    return [schedule for deployment in ours for schedule in deployment.schedules if schedule.slug]
 
 
 def make_limits(client: SyncPrefectClient) -> None:

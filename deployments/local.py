@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HOME = Path(os.environ.get("HYPER2KVM_STATE_DIR") or ROOT / ".lab").resolve()
 STATE = HOME / "state.json"
 MARK = "HYPER2KVM_STARTED_BY"
-WORKERS = {"waves": "waves", "worker": "default"}  # and the work queue of each
+WORKERS = {"approvals": "approvals", "waves": "waves", "worker": "default"}  # and the work queue of each
 ROLES = (*WORKERS, "server", "lab")  # in the order in which they end: a run's last words need the other two
 BLOCK, VM = "lab", "production-web"
 DEFAULT_PORT = 4200  # Prefect's own; the next free one where it is taken
@@ -70,9 +71,7 @@ def up() -> None:
     if not _runs("lab", state):
         _start_lab(state)
     _deploy()
-    for role in WORKERS:
-        if not _runs(role, state):
-            _start_worker(role, state)
+    _start_workers([role for role in WORKERS if not _runs(role, state)], state)
     say(f"Deployments, export, Run: vCenter {BLOCK!r}, VM {VM!r}, output folder {str(ROOT / 'exports')!r}")
     print(f"UI: {_address(state)}", flush=True)
 
@@ -132,14 +131,16 @@ def _deploy() -> None:
             raise Trouble(f"{' '.join(argv)} failed\n{_tail('deploy')}")
 
 
-def _start_worker(role: str, state: dict[str, Any]) -> None:
-    """Start a worker of a queue. What waits for other runs has one of its own, or it could take all their slots."""
-    _end(role, state)
-    say(f"starting a worker for the queue {WORKERS[role]}")
-    words = f"--pool {POOL} --work-queue {WORKERS[role]} --type process --name {role} --limit {WORKER_LIMIT}"
+def _start_workers(roles: list[str], state: dict[str, Any]) -> None:
+    """Start a worker of each queue. What waits for other runs has one of its own, or it could take all their slots."""
     started = time.time()
-    _spawn(role, [sys.executable, "-m", "prefect", "--no-prompt", "worker", "start", *words.split()], state)
-    _await(lambda: _polls_since(started, role, state), role)
+    for role in roles:
+        _end(role, state)
+        say(f"starting a worker for the queue {WORKERS[role]}")
+        words = f"--pool {POOL} --work-queue {WORKERS[role]} --type process --name {role} --limit {WORKER_LIMIT}"
+        _spawn(role, [sys.executable, "-m", "prefect", "--no-prompt", "worker", "start", *words.split()], state)
+    for role in roles:
+        _await(partial(_polls_since, started, role, state), role)
 
 
 def _polls_since(started: float, role: str, state: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import httpx
 from prefect import flow
@@ -102,6 +103,7 @@ async def carry_out(vcenter: VCenter, wave: Wave, *, on_workers: bool) -> WaveRe
     csv = await show_plan(plan)
     if wave.dry_run:
         return WaveReport.of_plan(plan, csv)
+    await _take_name(f"wave {plan.wave.name}")
     runner = await _runner(vcenter, plan, on_workers=on_workers)
     course = await _begun(plan, runner)
     under_way = _UnderWay(plan, course, runner, vcenter, asks=on_workers)
@@ -115,6 +117,13 @@ async def carry_out(vcenter: VCenter, wave: Wave, *, on_workers: bool) -> WaveRe
             wave=wave.name, done=report.count("done"), all=len(report.vms), rest=report.rest(), found=report
         )
     return report
+
+
+async def _take_name(name: str) -> None:
+    """Name this run after its wave, whose name may stand in a file: it is looked for, and cancelled, by that."""
+    if flow_run.get_name() != name:
+        async with get_client() as client:
+            await client.update_flow_run(UUID(flow_run.get_id() or ""), name=name)
 
 
 async def _runner(vcenter: VCenter, plan: Plan, *, on_workers: bool) -> Runner:

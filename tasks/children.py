@@ -328,7 +328,9 @@ async def cancel_all(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any])
         async with get_client() as client:
             await client.set_flow_run_state(run.id, new, force=not begun)
         log.info("cancelled with its wave flow_run=%s name=%r", run.id, run.name)
-    await quietly(limits.remove(limits.wave_limit_name(flow_run.name.removeprefix("wave "))))
+    async with get_client() as client:
+        name = (await client.read_flow_run(flow_run.id)).name  # as it is now: a wave of a file has taken its name since
+    await quietly(limits.remove(limits.wave_limit_name(name.removeprefix("wave "))))
 
 
 async def ended_before(flow_run_id: str) -> int:

@@ -191,9 +191,47 @@ def check_nothing_left(lab: Lab) -> None:
 
 def test_up_says_where_to_click_and_does_nothing_twice(product: Product) -> None:
     assert product.up.splitlines()[-1] == f"UI: {product.address}"  # type: ignore[attr-defined]
-    before = product.state["pids"]
+    before, known = product.state["pids"], everything_there(product)
+    assert known["automations"] and known["v2/concurrency_limits"] and known["deployments"] and known["block_documents"]
     assert "already up" in product.make("up")
     assert product.state["pids"] == before
+    assert everything_there(product) == known
+
+
+def everything_there(product: Product) -> dict[str, list[str]]:
+    """Return the names of what deploying makes, each as often as it is there."""
+    kinds = ("automations", "deployments", "v2/concurrency_limits", "work_pools", "block_types", "block_documents")
+    queues = [each["name"] for each in product.api("work_queues/filter", limit=200)]
+    found = {kind: product.api(f"{kind}/filter", limit=200) for kind in kinds}
+    return {kind: sorted(each["name"] for each in rows) for kind, rows in found.items()} | {"queues": sorted(queues)}
+
+
+def test_what_an_operator_switched_stays_so(product: Product) -> None:
+    """By what the UI's switches send; Prefect's own deploying sets schedules to what prefect.yaml says."""
+    assert switched(product) == (True, False, True)
+    switch(product, janitor=False, sync=True, zombie=False)
+    product.make("up")
+    assert switched(product) == (False, True, False)
+    switch(product, janitor=True, sync=False, zombie=True)
+    product.make("up")
+    assert switched(product) == (True, False, True)
+
+
+def switched(product: Product) -> tuple[bool, ...]:
+    """Tell whether the janitor's schedule, that of the example, and the automation are switched on."""
+    schedules = [product.deployment(name)["schedules"] for name in ("snapshot-janitor", "cbt-sync")]
+    assert [len(each) for each in schedules] == [1, 1]
+    (zombie,) = product.api("automations/filter", limit=5)
+    return (*(each[0]["active"] for each in schedules), zombie["enabled"])
+
+
+def switch(product: Product, *, janitor: bool, sync: bool, zombie: bool) -> None:
+    for name, active in (("snapshot-janitor", janitor), ("cbt-sync", sync)):
+        found = product.deployment(name)
+        path = f"deployments/{found['id']}/schedules/{found['schedules'][0]['id']}"
+        assert product.ask("PATCH", path, active=active).is_success
+    (automation,) = product.api("automations/filter", limit=5)
+    assert product.ask("PATCH", f"automations/{automation['id']}", enabled=zombie).is_success
 
 
 def test_nothing_of_this_machine_is_baked_into_the_deployment(product: Product) -> None:
@@ -486,7 +524,7 @@ def test_down_ends_all_of_it_also_in_the_middle_of_a_run(product: Product, tmp_p
         lambda: product.lab.stats()["open_snapshots"] == 1, RUN_TIMEOUT_S, lambda: "no snapshot" + product.logs()
     )
     assert len(product.processes()) > 3
-    assert "ended waves, worker, server, lab" in product.make("down")
+    assert "ended approvals, waves, worker, server, lab" in product.make("down")
     assert product.processes() == []
     assert not (product.folder / "datastores").exists()
     assert "nothing was up" in product.make("down")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from pyVmomi import vim
 
+from deployments.local import WORKER_LIMIT
 from tasks.vsphere.leftovers import LeftSnapshot, survey
 from tasks.vsphere.session import borrow
 from tests.e2e.screenshot import browser
@@ -31,6 +32,8 @@ from tests.e2e.wave_fleet import (
 from tests.labs import Lab
 
 pytestmark = pytest.mark.e2e
+
+GATED = ("app-01", "app-02", "app-03")
 
 
 def test_a_wave_that_was_killed_is_gone_on_with_and_nothing_runs_twice(wave_fleet: Fleet, tmp_path: Path) -> None:
@@ -188,13 +191,37 @@ def a_day_later(lab: Lab, snapshot: LeftSnapshot) -> None:
         node.RenameSnapshot(name=snapshot.name, description=json.dumps(claim))
 
 
-def test_a_gate_is_let_through_in_the_browser(wave_fleet: Fleet, tmp_path: Path) -> None:
+def test_as_many_waves_as_their_worker_takes_ask_at_once_and_one_is_let_through_in_the_browser(
+    wave_fleet: Fleet, tmp_path: Path
+) -> None:
     product = wave_fleet.product
-    wave = wave_fleet.start(name="gated", output_dir=str(tmp_path / "exports"), select=["app-01"], approve_plan=True)
+    waves = [
+        wave_fleet.start(name=vm, output_dir=str(tmp_path / vm), select=[vm], approve_plan=True)
+        for vm in GATED[:WORKER_LIMIT]
+    ]
+    assert len(waves) == WORKER_LIMIT
+    gates = [asked(wave_fleet, wave) for wave in waves]
+    assert all(wave_fleet.children(wave) == [] for wave in waves)
+    let_through_in_the_browser(wave_fleet, gates[0])
+    for gate in gates[1:]:
+        answer = {"run_input": {"decision": "let through"}}
+        product.api(f"flow_runs/{gate}/resume", **answer)
+    for vm, wave in zip(GATED, waves, strict=False):
+        wave_fleet.await_end(wave, "Completed")
+        assert [vm_of(run) for run in wave_fleet.children(wave)] == [vm]
+
+
+def asked(wave_fleet: Fleet, wave: str) -> str:
+    """Return the run in which a wave asks, once it waits for a word."""
+    product = wave_fleet.product
     await_that(lambda: bool(wave_fleet.children(wave, "gate")), WAVE_TIMEOUT_S, lambda: "no question" + product.logs())
     (gate,) = (run["id"] for run in wave_fleet.children(wave, "gate"))
     product.await_state(gate, "Suspended", timeout_s=WAVE_TIMEOUT_S)
-    assert wave_fleet.children(wave) == []
+    return str(gate)
+
+
+def let_through_in_the_browser(wave_fleet: Fleet, gate: str) -> None:
+    product = wave_fleet.product
     with browser() as page:
         page.open(f"{product.address}/runs/flow-run/{gate}")
         page.wait_for("Suspended", "Resume")
@@ -204,5 +231,3 @@ def test_a_gate_is_let_through_in_the_browser(wave_fleet: Fleet, tmp_path: Path)
         page.picture(PICTURES / "wave-approval.png")
         page.click("Submit")
         product.await_state(gate, "Completed", timeout_s=WAVE_TIMEOUT_S)  # a browser that is gone sends nothing
-    wave_fleet.await_end(wave, "Completed")
-    assert [vm_of(run) for run in wave_fleet.children(wave)] == ["app-01"]

@@ -134,7 +134,7 @@ class _worker:
     """One more worker for the block: that of `make up` takes two VMs at once."""
 
     def __init__(self, env: dict[str, str], product: Product) -> None:
-        words = "worker start --pool hyper2kvm --type process --name second --limit 4"
+        words = "worker start --pool hyper2kvm --work-queue default --type process --name second --limit 4"
         self._argv, self._env = [sys.executable, "-m", "prefect", "--no-prompt", *words.split()], env
         self._log = (product.folder / "second.log").open("w")
 
