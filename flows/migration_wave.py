@@ -295,7 +295,7 @@ class _UnderWay:
         run_id = flow_run.get_id() or ""
         again = await ended_before(run_id)
         go, done = len(self.plan.go), self.course.count("done")
-        words = f"{go} VMs go, {len(self.plan.vms) - go} do not; {done} are done"
+        words = f"{go} of {len(self.plan.vms)} VMs go; {done} are done"
         try:
             asked = await arun_deployment(
                 APPROVAL,

@@ -226,7 +226,7 @@ def let_through_in_the_browser(wave_fleet: Fleet, gate: str) -> None:
         page.open(f"{product.address}/runs/flow-run/{gate}")
         page.wait_for("Suspended", "Resume")
         page.click("Resume")
-        page.wait_for("1 VMs go", "Decision", "Note")
+        page.wait_for("1 of 1 VMs go", "Decision", "Note")
         page.fill("Note (Optional)", "seen by the test")
         page.picture(PICTURES / "wave-approval.png")
         page.click("Submit")
