@@ -7,21 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
-import prefect
-from prefect.server.api.server import SubprocessASGIServer
-from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tasks.errors import PrefectUnreachable
 from tasks.models import ExportJob, ExportOptions, JobOptions, VddkJob
-from tasks.process import dying_with_us
 
 if TYPE_CHECKING:
     from blocks import VCenter
@@ -84,9 +78,11 @@ def prefect_api(say: Callable[[str], None]) -> Iterator[None]:
         _check_answers(url)
         yield
         return
+    from flows.own_server import OwnServer  # all of Prefect's server: two seconds of CPU, for nothing else
+
     say(f"Starting a temporary Prefect server (up to {START_TIMEOUT_S} s; set PREFECT_API_URL to use a running one)")
     logging.getLogger("prefect.server.api.server").setLevel(logging.WARNING)
-    server = _OwnServer()
+    server = OwnServer()
     server.start(timeout=START_TIMEOUT_S)
     with temporary_settings({PREFECT_API_URL: server.api_url}):
         yield
@@ -97,22 +93,3 @@ def _check_answers(url: str) -> None:
         httpx.get(f"{url.rstrip('/')}/health", timeout=ANSWER_TIMEOUT_S).raise_for_status()
     except httpx.HTTPError as error:
         raise PrefectUnreachable(url=url, why=str(error) or type(error).__name__) from error
-
-
-class _OwnServer(SubprocessASGIServer):
-    """Prefect's temporary server, out of reach of the signals meant for us, and ended by the kernel when we die.
-
-    Ctrl-C and a service manager's SIGTERM go to a whole process group: a server in ours would be gone before the
-    run can record its end.
-    """
-
-    def _run_uvicorn_command(self) -> subprocess.Popen[Any]:
-        app = ["--app-dir", str(prefect.__module_path__.parent), "--factory", "prefect.server.api.server:create_app"]
-        where = ["--host", "127.0.0.1", "--port", str(self.port), "--log-level", "error", "--lifespan", "on"]
-        ephemeral = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
-        settings = get_current_settings().to_environment_variables(exclude_unset=True)
-        return subprocess.Popen(
-            dying_with_us([sys.executable, "-m", "uvicorn", *app, *where], by="TERM"),
-            env={**os.environ, **settings, **ephemeral},
-            start_new_session=True,
-        )
