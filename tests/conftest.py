@@ -62,6 +62,14 @@ def prefect_api() -> Iterator[None]:
 
 
 @pytest.fixture
+def api(prefect_api: None) -> dict[str, str]:
+    """The environment that makes a command use the tests' server: to start one takes seconds."""
+    from prefect.settings import PREFECT_API_URL
+
+    return {"PREFECT_API_URL": PREFECT_API_URL.value() or ""}
+
+
+@pytest.fixture
 def govc(lab: Lab) -> Callable[..., str]:
     """Run govc against the session's lab: an outside judge, and the hand of somebody else."""
     return lab.govc

@@ -18,14 +18,6 @@ from tests.runs import assert_nothing_left, command, faults, run_command
 pytestmark = [pytest.mark.live]
 
 
-@pytest.fixture
-def api(prefect_api) -> dict[str, str]:
-    """The environment that makes a command use the tests' server: starting one is tested once, below."""
-    from prefect.settings import PREFECT_API_URL
-
-    return {"PREFECT_API_URL": PREFECT_API_URL.value()}
-
-
 def no_traceback(done: subprocess.CompletedProcess[str]) -> bool:
     return "Traceback" not in done.stdout + done.stderr
 

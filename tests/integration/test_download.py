@@ -69,13 +69,6 @@ def site(module_lab):
     return module_lab
 
 
-@pytest.fixture
-def api(prefect_api) -> dict[str, str]:
-    from prefect.settings import PREFECT_API_URL
-
-    return {"PREFECT_API_URL": PREFECT_API_URL.value()}
-
-
 def store(lab: Lab, name: str, datastore: str = "datastore1") -> Path:
     """Return the folder of a VM on the lab's own disk."""
     return Path(lab.state_dir) / datastore / name

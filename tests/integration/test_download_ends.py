@@ -227,10 +227,3 @@ async def test_a_name_that_no_datastore_should_have_is_refused_before_the_first_
     assert site.stats()["bytes_served"] == 0
     assert {path.name for path in tmp_path.rglob("*")} == ONLY_THE_LOCK | {"small"}
     assert_nothing_left(site)
-
-
-@pytest.fixture
-def api(prefect_api) -> dict[str, str]:
-    from prefect.settings import PREFECT_API_URL
-
-    return {"PREFECT_API_URL": PREFECT_API_URL.value()}

@@ -166,13 +166,10 @@ async def test_an_export_says_which_road_each_disk_took_and_why(lab, tmp_path):
     assert_nothing_left(lab)
 
 
-@pytest.mark.usefixtures("prefect_api")
-def test_the_command_line_keeps_to_the_vcenter_where_it_is_told_to(lab, tmp_path):
-    from prefect.settings import PREFECT_API_URL
-
+def test_the_command_line_keeps_to_the_vcenter_where_it_is_told_to(lab, tmp_path, api):
     lab.post("/stats/reset")
     words = ("--vs-vm-name", "off", "--output-dir", str(tmp_path), "--no-host-tickets", "--connections", "2")
-    done = run_command(lab, "export-vm", *words, "--json", env={"PREFECT_API_URL": PREFECT_API_URL.value()})
+    done = run_command(lab, "export-vm", *words, "--json", env=api)
     assert done.returncode == 0, done.stderr
     assert '"road": "folder"' in done.stdout
     assert lab.stats()["tickets_issued"] == 0

@@ -24,15 +24,13 @@ MOST_RSS_BYTES = 350 * MIB  # Prefect takes 200 of them
 SIDECAR_BYTES = 48 * MIB  # of 384 MiB of records: a block of the file system for each chunk
 
 
-def test_eight_disks_of_3_tib_cost_what_is_allocated(prefect_api, tmp_path):
-    from prefect.settings import PREFECT_API_URL
-
+def test_eight_disks_of_3_tib_cost_what_is_allocated(api, tmp_path):
     vm = {"name": "huge", "disks": [{"size": SIZE, "data": DATA}] * DISKS}
     site = {"datacenters": [{"name": "DC", "clusters": [{"name": "c", "hosts": ["esx1"]}], "vms": [vm]}]}
     with running_lab(scenario=site) as lab:
         lab.post("/stats/reset")
         words = ["--vs-vm-name", "huge", "--all-disks", "--vddk-libdir", str(VDDK), "--output-dir", str(tmp_path)]
-        env = os.environ | lab.environment() | {"PREFECT_API_URL": PREFECT_API_URL.value()}
+        env = os.environ | lab.environment() | api
         started = time.monotonic()
         argv = command(lab, "vddk-export", *words, "--json")
         with (tmp_path / "result").open("w") as result:

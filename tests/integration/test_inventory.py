@@ -253,12 +253,9 @@ def test_a_list_has_one_line_a_vm_whatever_it_is_called(hostile):
     assert {vm["path"] for vm in as_json} == {vm["path"] for vm in hostile.vms}
 
 
-@needs_prefect
-def test_a_name_with_a_leading_dash_passes_the_command_line(hostile, tmp_path):
-    from prefect.settings import PREFECT_API_URL
-
+def test_a_name_with_a_leading_dash_passes_the_command_line(hostile, tmp_path, api):
     words = ("--vs-vm-name=" + NAMES["dash"], "--output-dir", str(tmp_path), "--format", "raw")
-    done = run_command(hostile, "export-vm", *words, env={"PREFECT_API_URL": PREFECT_API_URL.value()})
+    done = run_command(hostile, "export-vm", *words, env=api)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == [safe_name(NAMES["dash"])]
 

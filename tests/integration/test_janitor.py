@@ -213,11 +213,8 @@ async def test_slots_that_nobody_can_hold_are_freed(site, tmp_path):
 
 
 async def test_a_killed_run_of_vddk_gets_its_access_ended_and_keeps_what_it_may_go_on_with(
-    site, vcenter_uuid, tmp_path
+    site, vcenter_uuid, tmp_path, api
 ):
-    from prefect.settings import PREFECT_API_URL
-
-    api = {"PREFECT_API_URL": PREFECT_API_URL.value()}
     words = ["--vs-vm-name", "large", "--output-dir", str(tmp_path), "--vddk-libdir", str(VDDK)]
     site.post("/stats/reset")
     with faults(site, throttle_bytes_per_s=MIB):

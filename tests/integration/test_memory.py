@@ -15,13 +15,11 @@ pytestmark = [pytest.mark.live]
 SMALL, LARGE = "256MiB", "4GiB"
 
 
-def test_peak_memory_is_the_same_for_256_mib_and_4_gib(prefect_api, tmp_path):
-    from prefect.settings import PREFECT_API_URL
-
+def test_peak_memory_is_the_same_for_256_mib_and_4_gib(api, tmp_path):
     machines = [{"name": size, "disks": [{"size": size, "data": "64MiB"}]} for size in (SMALL, LARGE)]
     site = {"datacenters": [{"name": "DC", "clusters": [{"name": "c", "hosts": ["esx1"]}], "vms": machines}]}
     with running_lab(scenario=site) as lab:
-        env = os.environ | lab.environment() | {"PREFECT_API_URL": PREFECT_API_URL.value()}
+        env = os.environ | lab.environment() | api
         peaks = {size: peak_kib(lab, size, tmp_path, env) for size in (SMALL, LARGE)}
     assert peaks[LARGE] <= 1.10 * peaks[SMALL], peaks
 

@@ -9,12 +9,14 @@ import random
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from flows.export import export_vm
 from tasks import errors
+from tasks.images.copy import Limits
 from tasks.models import ExportJob
 from tests.labs import ROOT, Lab, running_lab
 from tests.runs import (
@@ -70,13 +72,6 @@ def site(module_lab):
     """The lab without the sessions of processes that were killed, which are the server's to time out."""
     module_lab.post("/faults", clear=True, expire_sessions=True)
     return module_lab
-
-
-@pytest.fixture
-def api(prefect_api) -> dict[str, str]:
-    from prefect.settings import PREFECT_API_URL
-
-    return {"PREFECT_API_URL": PREFECT_API_URL.value()}
 
 
 def words(output_dir: Path, image_format: str = "qcow2") -> tuple[str, ...]:
@@ -169,7 +164,8 @@ async def test_a_dead_run_is_closed_by_the_one_that_goes_on(site, tmp_path, api)
     assert_equal_to_the_frozen_chain(site, tmp_path / "db", tmp_path)
 
 
-async def test_a_server_that_stays_away_leaves_a_job_to_go_on_with(site, tmp_path):
+async def test_a_server_that_stays_away_leaves_a_job_to_go_on_with(site, tmp_path, monkeypatch):
+    monkeypatch.setattr("tasks.fetch.Limits", partial(Limits, longest_wait_s=1.0))  # else it is waited for a minute
     site.post("/stats/reset")
     with faults(site, throttle_bytes_per_s=16 * MIB):
         running = asyncio.create_task(export(site, tmp_path, "db", format="raw"))

@@ -37,13 +37,10 @@ def site():
 
 
 @pytest.fixture
-async def killed(site, tmp_path):
+async def killed(site, tmp_path, api):
     """A run that was killed in the middle, as the API has it, its vCenter given as a saved block."""
-    from prefect.settings import PREFECT_API_URL
-
     site.post("/stats/reset")
     with faults(site, throttle_bytes_per_s=24 * MIB):
-        api = {"PREFECT_API_URL": PREFECT_API_URL.value()}
         await asyncio.to_thread(kill_after, site, export_to(site, tmp_path), api, 100 * MIB)
     assert site.stats()["open_snapshots"] == 1
     run_id = json.loads((tmp_path / "db" / ".hyper2kvm.lock").read_text())["flow_run_id"]
