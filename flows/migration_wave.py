@@ -197,9 +197,10 @@ class _UnderWay:
         await self._heed_limits()
         await self._heed_gates()
         self.paused = self.at_zero or await self.runner.held_back()
-        if not self.paused:
-            for vm in self.course.start(datetime.now(UTC)):
-                await self._start(vm)
+        now = datetime.now(UTC)
+        self.course.heed(now)
+        for vm in () if self.paused else self.course.start(now):
+            await self._start(vm)
         await self._show()
 
     async def _start(self, vm: Planned) -> None:

@@ -83,6 +83,12 @@ class Course:
         """Start nothing more; what runs is let finish. The first reason counts."""
         self.stopped = self.stopped or why
 
+    def heed(self, now: datetime) -> None:
+        """Stop where the hard stop has come, or too many have failed; also while nothing is to be started."""
+        if self.plan.hours.closed(now):
+            self.stop(f"the hard stop, {self.plan.hours.stop:%Y-%m-%d %H:%M %Z}, has come")
+        self._heed_failures()
+
     def limit(self, resource: str, slots: int) -> None:
         """Take over how many slots a resource has from now on."""
         self.scheduler.limit(resource, slots)
@@ -95,9 +101,7 @@ class Course:
 
     def start(self, now: datetime, *, most: int | None = None) -> list[Planned]:
         """Return the VMs to start now; they count as running."""
-        if not self.stopped and self.plan.hours.closed(now):
-            self.stop(f"the hard stop, {self.plan.hours.stop:%Y-%m-%d %H:%M %Z}, has come")
-        self._heed_failures()
+        self.heed(now)
         if self.stopped or self.plan.hours.opens_in(now):
             return []
         admitted = self.scheduler.admit(**({"most": most} if most is not None else {}))

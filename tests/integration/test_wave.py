@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,19 @@ async def test_groups_go_in_order_and_limits_of_prefect_hold(small_fleet: Lab, t
     assert "hyper2kvm-wave-wave" not in await current(["hyper2kvm-wave-wave"])
     for name in LIMITS:
         await remove(name)
+
+
+async def test_a_wave_that_is_paused_ends_at_its_hard_stop(small_fleet: Lab, tmp_path: Path) -> None:
+    name = "hyper2kvm-wave-late"
+    async with get_client() as client:
+        await client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=0, active=True))
+    stop = datetime.now(UTC) + timedelta(seconds=8)
+    async with asyncio.timeout(60):
+        report = await carry_out(
+            small_fleet, tmp_path, name="late", select=["app-00"], window={"stop": stop.isoformat()}
+        )
+    assert [(vm.outcome, vm.attempts) for vm in report.vms] == [("unstarted", 0)]
+    assert datetime.now(UTC) >= stop
 
 
 async def test_what_fails_is_told_and_blocks_what_waits_for_it(small_fleet: Lab, tmp_path: Path) -> None:
