@@ -11,8 +11,7 @@ import secrets
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tests.e2e.postgres import postgres
 from tests.e2e.processes import free_port
 from tests.e2e.redis import redis
 from tests.labs import ROOT
+from tests.waits import await_that
 
 PRODUCTION = ROOT / "deployments" / "production"
 START_TIMEOUT_S = 120.0
@@ -142,13 +142,6 @@ def settings(kind: str, own: dict[str, str]) -> dict[str, str]:
     asked = dotenv_values(PRODUCTION / f"{kind}.secrets.example", interpolate=False)
     assert asked.keys() <= own.keys(), asked.keys() - own.keys()
     return here | {name: str(value) for name, value in shipped.items()} | own
-
-
-def await_that(holds: Callable[[], bool], timeout_s: float, otherwise: Callable[[], str]) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, otherwise()
-        time.sleep(0.2)
 
 
 @contextmanager

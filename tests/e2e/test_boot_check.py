@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +27,7 @@ from tasks.process import Stopped
 from tests.guests import GRUB_WITHOUT_INITRAMFS, make_guest
 from tests.labs import ROOT, Lab, running_lab
 from tests.runs import raw_sha256, run_command
+from tests.waits import await_that
 
 pytestmark = pytest.mark.e2e
 
@@ -197,13 +197,6 @@ def processes_naming(path: Path) -> list[str]:
         except OSError:
             continue  # it has ended
     return found
-
-
-def await_that(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 @pytest.fixture

@@ -23,9 +23,10 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 from blocks import VCenter
 from deployments import automations
 from tasks.models import Manifest
-from tests.e2e.fleet import PRODUCTION, Fleet, await_that, fleet
+from tests.e2e.fleet import PRODUCTION, Fleet, fleet
 from tests.labs import Lab, running_lab
 from tests.runs import assert_equal_to_the_guests_disks
+from tests.waits import await_that
 
 pytestmark = [pytest.mark.e2e, pytest.mark.live]
 

@@ -8,8 +8,7 @@ import os
 import re
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +21,7 @@ from tests.e2e.processes import marked_processes
 from tests.e2e.screenshot import browser
 from tests.labs import ROOT, Lab
 from tests.runs import assert_equal_to_the_guests_disks, raw_sha256
+from tests.waits import await_that
 
 pytestmark = pytest.mark.e2e
 
@@ -145,13 +145,6 @@ def fields_of(
         yield f"{path}{name}", field
         if "properties" in field:
             yield from fields_of(field, definitions, f"{path}{name}.")
-
-
-def await_that(holds: Callable[[], bool], timeout_s: float, otherwise: Callable[[], str]) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, otherwise()
-        time.sleep(0.3)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from deployments.local import WORKER_LIMIT
 from tasks.vsphere.leftovers import LeftSnapshot, survey
 from tasks.vsphere.session import borrow
 from tests.e2e.screenshot import browser
-from tests.e2e.test_up import MIB, PICTURES, artifacts_of, await_that
+from tests.e2e.test_up import MIB, PICTURES, artifacts_of
 from tests.e2e.wave_fleet import (
     REFUSED,
     VICTIM,
@@ -30,6 +30,7 @@ from tests.e2e.wave_fleet import (
     vm_of,
 )
 from tests.labs import Lab
+from tests.waits import await_that
 
 pytestmark = pytest.mark.e2e
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.e2e.screenshot import browser
-from tests.e2e.test_up import PICTURES, await_that
+from tests.e2e.test_up import PICTURES
 from tests.e2e.wave_fleet import WAVE_TIMEOUT_S, Fleet
+from tests.waits import await_that
 
 pytestmark = pytest.mark.e2e
 

@@ -12,11 +12,12 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 from blocks import MigrationWave, VCenter
 from tasks.models import Manifest
 from tasks.wave.models import Limits, Wave
-from tests.e2e.fleet import Fleet, await_that, fleet
+from tests.e2e.fleet import Fleet, fleet
 from tests.e2e.processes import marked_processes
 from tests.e2e.wave_fleet import children_of, kill_run, vm_of
 from tests.labs import Lab, running_lab
 from tests.runs import assert_equal_to_the_guests_disks
+from tests.waits import await_that
 from tests.waves import fleet as vms
 
 pytestmark = pytest.mark.e2e

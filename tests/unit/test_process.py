@@ -2,13 +2,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tasks.errors import ToolFailed
 from tasks.process import LAST_LINES, LINE_BYTES, Stopped, child, run
+from tests.waits import await_that
 
 PARENT = """
 import sys, time
@@ -74,7 +74,7 @@ def test_stop_ends_the_whole_group(tmp_path: Path) -> None:
     script = f"sleep 62 & echo $! $$ > {told}.new; mv {told}.new {told}; wait"
 
     def set_when_running() -> None:
-        until(told.exists)
+        await_that(told.exists)
         stop.set()
 
     setter = threading.Thread(target=set_when_running)
@@ -93,7 +93,7 @@ def test_a_program_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatc
         assert process.stdout
         grandchild = process.stdout.readline().decode().strip()
     assert process.returncode == -9
-    until(lambda: not alive(grandchild))
+    await_that(lambda: not alive(grandchild))
 
 
 def test_a_deadline_ends_it() -> None:
@@ -105,7 +105,7 @@ def test_a_grandchild_that_keeps_the_pipes_keeps_nobody_and_is_ended() -> None:
     started = time.monotonic()
     grandchild = run(["sh", "-c", "sleep 65 & echo $!"])
     assert time.monotonic() - started < 3
-    until(lambda: not alive(grandchild))
+    await_that(lambda: not alive(grandchild))
 
 
 def test_a_program_that_closes_its_pipes_is_waited_for() -> None:
@@ -119,7 +119,7 @@ def test_children_die_with_a_killed_parent() -> None:
         _, shell = parent.stdout.readline().split()
         assert alive(shell)
         parent.kill()
-    until(lambda: not alive(shell))
+    await_that(lambda: not alive(shell))
 
 
 def test_a_child_whose_parent_died_before_the_bond_was_made_does_not_start(tmp_path: Path) -> None:
@@ -135,10 +135,3 @@ def alive(pid: str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
-
-
-def until(true: Callable[[], bool], timeout_s: float = 5) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
