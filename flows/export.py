@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from tasks.images.files import allocated_bytes
 from tasks.images.output import DiskFiles, give_up, refuse_existing
 from tasks.images.state import JobState, discard, read_state, write_state
 from tasks.job import Job, job_at_work
-from tasks.models import DiskJob, ExportJob, Manifest, Roads
+from tasks.models import DiskJob, ExportJob, Manifest, Roads, Snapshot
 from tasks.report import commit, manifest_of
 from tasks.road import road_of
 from tasks.route import Means, chains, on_a_road, roads_for
@@ -70,6 +72,23 @@ async def export_vm(
         return manifest
 
 
+@asynccontextmanager
+async def frozen(
+    vcenter: VCenter, job: Job, options: DiskJob, roads: Roads, choice: Choice, *, before: Snapshot | None = None
+) -> AsyncIterator[Snapshot | None]:
+    """Yield a point in time of a job's VM for the block, as `point_in_time` does, for whichever of `roads` is taken.
+
+    Raises UnsupportedDisk besides, for a disk that none of any job's roads can copy.
+    """
+    by_chains = chains(roads)
+    if by_chains and not options.snapshot_moref:  # else the fence before a snapshot sees to it
+        await check_problems(vcenter, job.vm, choice)
+    name, give_up = job.snapshot_name, partial(discard, job.folder)
+    point = point_in_time(vcenter, job.vm, options, name=name, before=before, give_up=give_up, chains=by_chains)
+    async with point as snapshot:
+        yield snapshot
+
+
 async def copy_whole(vcenter: VCenter, job: Job, options: DiskJob, roads: Roads, choice: Choice) -> Manifest:
     """Return the manifest of a job of which nothing, or parts only, are here, once every disk chosen is."""
     state = await _arrived(vcenter, job, options, roads, choice)
@@ -78,20 +97,18 @@ async def copy_whole(vcenter: VCenter, job: Job, options: DiskJob, roads: Roads,
 
 async def _arrived(vcenter: VCenter, job: Job, options: DiskJob, roads: Roads, choice: Choice) -> JobState:
     """Return the job's state once every disk chosen lies here as a part, copied now or by an earlier run."""
-    vm, folder, name = job.vm, job.folder, job.snapshot_name
+    vm, folder = job.vm, job.folder
     state = read_state(folder)
-    if state and state.disks and state.selection != choice.words:  # other disks were wanted then
+    other = state and state.disks and state.selection != choice.words  # disks were wanted then
+    if state and (other or not state.resumable):
         discard(folder)
         state = None
     refuse_existing(folder, state)
     if state and state.all_arrived:
-        await drop_snapshot(vcenter, vm, name)
+        await drop_snapshot(vcenter, vm, job.snapshot_name)
         return state
-    before, forget = state.snapshot if state else None, partial(discard, folder)
-    if chains(roads) and not options.snapshot_moref:  # else the fence before a snapshot sees to it
-        await check_problems(vcenter, vm, choice)
-    frozen = point_in_time(vcenter, vm, options, name=name, before=before, give_up=forget, chains=chains(roads))
-    async with frozen as snapshot:
+    before = state.snapshot if state else None
+    async with frozen(vcenter, job, options, roads, choice, before=before) as snapshot:
         there = await copyable_disks(vcenter, job.server, vm, snapshot, choice)
         disks = choice.of(there)
         chosen = {

@@ -15,7 +15,7 @@ import httpx
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tasks.errors import PrefectUnreachable
-from tasks.models import ExportJob, ExportOptions, JobOptions, VddkJob
+from tasks.models import ExportOptions, JobOptions, RoutedJob, VddkJob
 
 if TYPE_CHECKING:
     from blocks import VCenter
@@ -44,19 +44,21 @@ def flow_for(mode: str, vcenter: VCenter, job: JobOptions, options: ExportOption
     if isinstance(job, VddkJob):
         toolkit = VddkToolkit(libdir=options.vddk_libdir)
         return partial(vddk_download, vcenter=vcenter, toolkit=toolkit, options=job)
-    if isinstance(job, ExportJob):
-        given = road_blocks(options)
-
-        async def export() -> Any:
-            return await export_vm(vcenter=vcenter, options=job, **(given | await saved_blocks(options)))
-
-        return export
     flows: dict[str, Callable[..., Awaitable[Any]]] = {
+        "export": export_vm,
         "download_only": download_only,
         "cbt_sync": cbt_sync,
         "warm_migration": warm_migration,
     }
-    return partial(flows[mode], vcenter=vcenter, options=job)
+    flow = partial(flows[mode], vcenter=vcenter, options=job)
+    if not isinstance(job, RoutedJob):
+        return flow
+    given = road_blocks(options)
+
+    async def by_a_road() -> Any:
+        return await flow(**(given | await saved_blocks(options)))
+
+    return by_a_road
 
 
 async def run_flow(flow: Callable[..., Awaitable[T]], *, say: Callable[[str], None], **parameters: Any) -> T:

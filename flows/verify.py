@@ -17,6 +17,7 @@ from tasks.images.dirty import refuse_torn
 from tasks.images.job import nobody_at_work
 from tasks.images.manifest import read_manifest
 from tasks.images.prove import claims_of
+from tasks.images.state import JobState
 from tasks.job import place_that_stays
 from tasks.models import DownloadManifest, Manifest, Snapshot, SourceSample, Verification, VerifyJob
 from tasks.proof import prove_file, refuse_unequal, tell
@@ -96,9 +97,10 @@ async def _sample(vcenter: VCenter, manifest: Manifest, folder: Path, options: V
             disks = await copyable_disks(vcenter, server, vm, snapshot, Choice())
             check_flat(disks, snapshot)
             disks = await source_disks(vcenter, vm, manifest, snapshot, disks)
+            job = JobState(job_id="", flow_run_id="", vcenter_uuid=server.uuid, vm=vm, snapshot=snapshot, disks=disks)
             sampled = [
-                await sample_disk(vcenter, vm, disk, image, folder, count=options.sample, seed=seed)
-                for disk, image in zip(disks, manifest.disks, strict=True)
+                await sample_disk(vcenter, job, image, folder, count=options.sample, seed=seed)
+                for image in manifest.disks
             ]
             await check_snapshot(vcenter, vm, snapshot, disks)
         except SnapshotChanged as error:

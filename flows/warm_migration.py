@@ -6,15 +6,14 @@ import asyncio
 import time
 import uuid
 from datetime import datetime
-from functools import partial
 from typing import Any
 
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from blocks import VCenter
+from blocks import ESXiHost, NbdSource, VCenter, VddkToolkit
 from flows.cbt_sync import SyncedCopy, sync_to
-from flows.export import copy_whole
+from flows.export import copy_whole, frozen
 from tasks import approval
 from tasks.approval import CutoverRequest
 from tasks.boot import check_boot, proven
@@ -27,12 +26,11 @@ from tasks.images.base import base_of
 from tasks.images.boot import need_tools
 from tasks.images.cutover import PLACE, REHEARSAL, Campaign, read_aside, read_campaign, write_aside, write_campaign
 from tasks.images.dirty import distrust
-from tasks.images.state import discard
 from tasks.job import Job, job_at_work
 from tasks.models import Aside, Forecast, Manifest, Migration, Roads, Round, WarmJob
 from tasks.power import Source, as_it_was, begin_aside, check_shutdown, go_off, put_aside
 from tasks.resolve import describe
-from tasks.snapshot import point_in_time
+from tasks.route import Means, roads_for
 from tasks.source import sample_disk
 from tasks.steps import in_thread, quietly, to_the_end
 from tasks.succession import clean_up
@@ -48,7 +46,13 @@ from tasks.warm import form_words, in_words, prepare, tell_migration, tell_round
     on_crashed=[clean_up],
     on_failure=[clean_up],
 )
-async def warm_migration(vcenter: VCenter, options: WarmJob) -> Migration:
+async def warm_migration(
+    vcenter: VCenter,
+    options: WarmJob,
+    toolkit: VddkToolkit | None = None,
+    nbd_source: NbdSource | None = None,
+    esxi_host: ESXiHost | None = None,
+) -> Migration:
     """Copy a VM while it runs, bring the copy up to date in rounds, and have it take over with a short downtime.
 
     After each round the run's artifact says how long the VM would be down if the cutover began now. A cutover (asked
@@ -60,16 +64,20 @@ async def warm_migration(vcenter: VCenter, options: WarmJob) -> Migration:
     Args:
         vcenter: Where the VM is now: a saved vCenter, or a new one through Add.
         options: Which VM to migrate, where to, how long it may be down, and who says when.
+        toolkit: For the transports vddk and auto: where VMware's VDDK lies on the worker's machine.
+        nbd_source: For the transports nbd and auto: the server, or the command, that disks are read from.
+        esxi_host: For the transports ssh and auto: the host that has the disks' files.
     """
+    roads = roads_for(options, Means(toolkit=toolkit, nbd_source=nbd_source, esxi_host=esxi_host))
     async with job_at_work(vcenter, options) as job:
-        return await _Migrating(vcenter, job, options).run()
+        return await _Migrating(vcenter, job, options, roads).run()
 
 
 class _Migrating:
     """One run of a migration: what it knows so far."""
 
-    def __init__(self, vcenter: VCenter, job: Job, options: WarmJob) -> None:
-        self.vcenter, self.job, self.options = vcenter, job, options
+    def __init__(self, vcenter: VCenter, job: Job, options: WarmJob, roads: Roads) -> None:
+        self.vcenter, self.job, self.options, self.roads = vcenter, job, options, roads
         self.folder = job.folder
         self.campaign = read_campaign(job.folder)
         self.source = Source(hard=False)
@@ -81,7 +89,7 @@ class _Migrating:
         base = base_of(self.folder)
         await self._refuse_what_will_fail()
         if base is None:
-            base = await copy_whole(self.vcenter, self.job, self.options, Roads(), Choice())
+            base = await copy_whole(self.vcenter, self.job, self.options, self.roads, Choice())
         await self._rehearse(base)
         if self.job.vm.power_state != "poweredOff":
             base = await self._rounds(base)
@@ -137,14 +145,12 @@ class _Migrating:
                 raise
 
     async def _round(self, base: Manifest) -> tuple[Manifest, Round]:
-        job = await self._job_now()
-        give_up, began = partial(discard, self.folder), time.monotonic()
-        point = point_in_time(self.vcenter, job.vm, self.options, name=job.snapshot_name, before=None, give_up=give_up)
-        async with point as snapshot:
+        job, began = await self._job_now(), time.monotonic()
+        async with frozen(self.vcenter, job, self.options, self.roads, Choice()) as snapshot:
             self.snapshot_at = taken = time.monotonic()
-            copy = await sync_to(self.vcenter, job, snapshot, base, self.options)
+            copy = await sync_to(self.vcenter, job, snapshot, base, self.options, self.roads)
             synced = time.monotonic()
-            await self._compare(job, copy)
+            await self._compare(copy)
             compared = time.monotonic()
         done = Round(
             number=len(self.campaign.rounds) + 1,
@@ -164,18 +170,14 @@ class _Migrating:
         """Return the job with its VM as it is now: it may have moved to another host."""
         return self.job.model_copy(update={"vm": await describe(self.vcenter, self.job.vm.moref)})
 
-    async def _compare(self, job: Job, copy: SyncedCopy) -> None:
+    async def _compare(self, copy: SyncedCopy) -> None:
         """Read a random sample of each disk at the source. Raises IntegrityMismatch where the copy differs.
 
         Nothing of it counts then: what vSphere did not tell of once, it does not tell of later.
         """
-        by_key = {disk.key: disk for disk in copy.disks}
         seed = time.time_ns()
         for image in copy.manifest.disks:
-            disk = by_key[image.disk_key]
-            found = await sample_disk(
-                self.vcenter, job.vm, disk, image, self.folder, count=self.options.sample, seed=seed
-            )
+            found = await sample_disk(self.vcenter, copy.job, image, self.folder, count=self.options.sample, seed=seed)
             if found.wrong:
                 where = (
                     f"of {found.leaves} leaves read at the source {len(found.wrong)} differ, the first {found.wrong[0]}"
@@ -287,14 +289,12 @@ class _Migrating:
         """Bring the copy up to the source as it is for good, and tell `synced`; return how long the snapshot's removal
         took after that, which nobody waits for."""
         job = await self._job_now()
-        give_up, name = partial(discard, self.folder), job.snapshot_name
-        point = point_in_time(self.vcenter, job.vm, self.options, name=name, before=None, give_up=give_up)
-        async with point as snapshot:
+        async with frozen(self.vcenter, job, self.options, self.roads, Choice()) as snapshot:
             clock.note("snapshot")
             was = job.model_copy(update={"vm": as_it_was(job.vm, aside)})
-            copy = await sync_to(self.vcenter, was, snapshot, base, self.options)
+            copy = await sync_to(self.vcenter, was, snapshot, base, self.options, self.roads)
             clock.note("sync", "transfer", copy.transfer_s)
-            await self._compare(job, copy)
+            await self._compare(copy)
             clock.note("sample")
             if self.options.rename_source or self.options.disconnect_source:
                 aside = await put_aside(self.vcenter, job.vm, aside, self.options, self.folder)

@@ -29,16 +29,15 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from blocks import VCenter
-from tasks.errors import Hyper2KvmError, JobLocked, VddkFailed
+from tasks.errors import Hyper2KvmError, JobLocked
 from tasks.images.claim import Judgement, judge
 from tasks.images.job import nobody_at_work
 from tasks.images.leftovers import LeftJob, clear_lock, drop_parts
 from tasks.models import Connection, JanitorJob, JanitorReport, Leftover, VddkSettings
-from tasks.road import vddk_disk
+from tasks.road import end_access
 from tasks.steps import connection_of, in_thread, on_vcenter, quietly
 from tasks.succession import close_predecessor
 from tasks.text import cell, one_line
-from tasks.transports.vddk import VddkReader
 from tasks.vsphere.leftovers import LeftSnapshot, Room, Survey, survey
 from tasks.vsphere.session import Session
 from tasks.vsphere.snapshots import remove_snapshot
@@ -147,10 +146,7 @@ async def tidy_vddk(vcenter: VCenter, job: LeftJob, *, remove: bool) -> Leftover
 def _end_access(connection: Connection, job: LeftJob) -> None:
     assert job.state
     with nobody_at_work(job.folder):
-        for disk in job.state.disks:
-            reader = VddkReader(vddk_disk(disk, job.state, connection))
-            if not reader.end_access():
-                raise VddkFailed(call="EndAccess", source=reader.source, words="the VM may still be kept from moving")
+        end_access(job.state, connection)
 
 
 # ── folders here ─────────────────────────────────────────────────────────────────────────────────────

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from tasks import tls
+from tasks.errors import VddkFailed
 from tasks.images.state import JobState
 from tasks.models import Connection, NbdSettings, SshSettings, VddkSettings, VirtualDisk
 from tasks.reader import Reader
@@ -115,6 +116,17 @@ def vddk_disk(disk: VirtualDisk, job: JobState, connection: Connection) -> VddkD
         capacity_bytes=disk.capacity_bytes,
         identity=f"hyper2kvm-{job.job_id}-disk-{disk.index}",
     )
+
+
+def end_access(job: JobState, connection: Connection) -> None:
+    """Have the server allow again what VDDK had it forbid (Storage vMotion) for a run of a job, which is dead.
+
+    Raises VddkFailed where VDDK does not say that it did, or what `VddkReader.end_access` raises.
+    """
+    for disk in job.disks:
+        reader = VddkReader(vddk_disk(disk, job, connection))
+        if not reader.end_access():
+            raise VddkFailed(call="EndAccess", source=reader.source, words="the VM may still be kept from moving")
 
 
 @contextmanager

@@ -12,7 +12,17 @@ from blocks import ESXiHost, NbdSource, VCenter, VddkToolkit
 from tasks.disks import check_flat
 from tasks.errors import ConnectionFailed, Hyper2KvmError, InvalidInput, NoRoad, TransferInterrupted, VddkUnavailable
 from tasks.images.state import JobState
-from tasks.models import ExportJob, FolderSettings, LeaseSettings, Roads, RoadSettings, SkippedRoad, Value, VddkSettings
+from tasks.models import (
+    ExportTransport,
+    FolderSettings,
+    LeaseSettings,
+    Roads,
+    RoadSettings,
+    RoutedJob,
+    SkippedRoad,
+    Value,
+    VddkSettings,
+)
 from tasks.probe import probe
 from tasks.road import ROADS, road_of
 from tasks.steps import connection_of, in_thread
@@ -29,7 +39,7 @@ class Means(Value):
     esxi_host: ESXiHost | None = None
 
 
-def roads_for(options: ExportJob, means: Means) -> Roads:
+def roads_for(options: RoutedJob, means: Means) -> Roads:
     """Return the roads that the options allow, before anything is connected.
 
     Of one that they name, what is missing is raised (VddkUnavailable, InvalidInput); of those that `auto` may choose
@@ -39,6 +49,9 @@ def roads_for(options: ExportJob, means: Means) -> Roads:
         return Roads(candidates=(WAYS[options.transport](options, means),))
     candidates, skipped = [], []
     for name in ROADS:
+        if options.seeking and not ExportTransport(name).seeks:
+            skipped.append(SkippedRoad(road=name, why="it reads a disk only from its beginning to its end"))
+            continue
         try:
             candidates.append(WAYS[name](options, means))
         except (VddkUnavailable, InvalidInput) as error:
@@ -46,34 +59,34 @@ def roads_for(options: ExportJob, means: Means) -> Roads:
     return Roads(candidates=tuple(candidates), skipped=tuple(skipped))
 
 
-def _vddk(options: ExportJob, means: Means) -> RoadSettings:
+def _vddk(options: RoutedJob, means: Means) -> RoadSettings:
     libdir = Path(options.vddk_libdir) if options.vddk_libdir else None
     return usable(means.toolkit.settings() if means.toolkit else VddkSettings(libdir=libdir))
 
 
-def _nbd(options: ExportJob, means: Means) -> RoadSettings:
+def _nbd(options: RoutedJob, means: Means) -> RoadSettings:
     if means.nbd_source:
         return means.nbd_source.settings()
     remedy = "Give --nbd-uri or --nbd-command, or choose a saved NBD Source (--nbd-source)"
     raise InvalidInput(what="transport nbd", why="no NBD source is given", remedy=remedy)
 
 
-def _folder(options: ExportJob, means: Means) -> RoadSettings:
+def _folder(options: RoutedJob, means: Means) -> RoadSettings:
     return FolderSettings()
 
 
-def _ssh(options: ExportJob, means: Means) -> RoadSettings:
+def _ssh(options: RoutedJob, means: Means) -> RoadSettings:
     if means.esxi_host:
         return means.esxi_host.settings()
     remedy = "Give --esxi-host and --esxi-host-key, or choose a saved ESXi Host (--esxi-block)"
     raise InvalidInput(what="transport ssh", why="no ESXi host is given", remedy=remedy)
 
 
-def _nfc_lease(options: ExportJob, means: Means) -> RoadSettings:
+def _nfc_lease(options: RoutedJob, means: Means) -> RoadSettings:
     return LeaseSettings()
 
 
-WAYS: dict[str, Callable[[ExportJob, Means], RoadSettings]] = {
+WAYS: dict[str, Callable[[RoutedJob, Means], RoadSettings]] = {
     "vddk": _vddk,
     "nbd": _nbd,
     "folder": _folder,

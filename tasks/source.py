@@ -15,6 +15,7 @@ from tasks.errors import InvalidInput, SourceChanged
 from tasks.images.digests import LEAF_BYTES, Digests
 from tasks.images.layout import DiskFiles
 from tasks.images.sample import chosen_leaves, differing_at_source
+from tasks.images.state import JobState
 from tasks.models import (
     Connection,
     DiskImage,
@@ -24,11 +25,10 @@ from tasks.models import (
     VirtualDisk,
     VirtualMachine,
 )
-from tasks.road import folder_reader
+from tasks.road import opened
 from tasks.steps import Meter, connection_of, in_thread, metered, on_vcenter
-from tasks.transports.folder import FolderDisk
 from tasks.vsphere.browse import vm_files
-from tasks.vsphere.session import Session, borrow
+from tasks.vsphere.session import Session
 from tasks.vsphere.snapshots import existing_snapshot
 
 
@@ -93,43 +93,32 @@ def _check_not_written(
             raise SourceChanged(vm=vm.name, reason=f"{disk.title} {when}, and the copy is of {since}")
 
 
-@task(name="sample", task_run_name="sample {vm.name} disk {image.index}", cache_policy=NO_CACHE)
+@task(name="sample", task_run_name="sample {job.vm.name} disk {image.index}", cache_policy=NO_CACHE)
 async def sample_disk(
-    vcenter: VCenter,
-    vm: VirtualMachine,
-    disk: VirtualDisk,
-    image: DiskImage,
-    folder: Path,
-    *,
-    count: int,
-    seed: int,
+    vcenter: VCenter, job: JobState, image: DiskImage, folder: Path, *, count: int, seed: int
 ) -> SampledDisk:
-    """Read `count` random leaves of a disk at the source, and compare them with the digests of its copy.
+    """Read `count` random leaves of a job's disk by its road, and compare them with the digests of the disk's image.
 
     Cancelled, it returns only when no thread of it reads any more. Raises FileLocked, TransferInterrupted, ….
     """
-    stop, key = threading.Event(), f"sample-{vm.moref}-disk-{image.index}"
+    vm, stop, key = job.vm, threading.Event(), f"sample-{job.vm.moref}-disk-{image.index}"
+    (disk,) = (each for each in job.disks if each.key == image.disk_key)
     leaves = chosen_leaves(image.virtual_size, count=count, seed=f"{seed}-{image.index}")
     async with metered(f"sample {vm.name} disk {image.index}", len(leaves) * LEAF_BYTES, key=key) as meter:
         sidecar = DiskFiles(folder, image.index).digests
-        wrong = await in_thread(_sampled, stop, connection_of(vcenter), vm, disk, sidecar, leaves, meter, stop)
+        wrong = await in_thread(_sampled, stop, connection_of(vcenter), job, disk, sidecar, leaves, meter, stop)
     get_run_logger().info("sampled vm=%s disk=%d leaves=%d wrong=%d", vm.moref, image.index, len(leaves), len(wrong))
     return SampledDisk(path=image.path, source=image.source, leaves=len(leaves), wrong=wrong)
 
 
 def _sampled(
     connection: Connection,
-    vm: VirtualMachine,
+    job: JobState,
     disk: VirtualDisk,
     sidecar: Path,
     leaves: tuple[int, ...],
     meter: Meter,
     stop: threading.Event,
 ) -> tuple[int, ...]:
-    source = FolderDisk.of(disk, vm=vm, connection=connection)
-    with (
-        Digests.open(sidecar) as digests,
-        borrow(connection) as session,
-        folder_reader(source, session, by_ticket=False) as reader,  # leaves are too small for tickets
-    ):
+    with Digests.open(sidecar) as digests, opened(disk, job, connection, stop=stop) as reader:
         return differing_at_source(reader, digests, leaves, progress=meter.add, stop=stop)

@@ -22,8 +22,9 @@ from blocks import VCenter
 from tasks.images.job import job_lock, last_holder, lock_holder
 from tasks.images.mirror import PARTS, forget
 from tasks.images.state import discard, read_state
-from tasks.models import Value
-from tasks.steps import on_vcenter, quietly
+from tasks.models import Value, VddkSettings
+from tasks.road import end_access
+from tasks.steps import connection_of, in_thread, on_vcenter, quietly
 from tasks.vsphere.snapshots import drop_snapshot
 
 
@@ -69,7 +70,7 @@ async def clean_up(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -
     for folder, holder in _left_by(str(flow_run.id), options.output_dir):
         if lock_holder(folder):
             log.warning("another run is at work on it folder=%s", folder)
-        elif read_state(folder) and not state.is_cancelled():
+        elif (job := read_state(folder)) and job.resumable and not state.is_cancelled():
             log.warning("kept for the next run folder=%s", folder)
         elif vcenter is None:
             log.warning("not looked for a snapshot: the run's vCenter was not a saved block folder=%s", folder)
@@ -90,6 +91,9 @@ def _left_by(run_id: str, output_dir: Path) -> list[tuple[Path, dict[str, str]]]
 
 async def _remove(vcenter: VCenter, folder: Path, holder: dict[str, str]) -> None:
     with job_lock(folder, holder):
+        job = read_state(folder)
+        if job and isinstance(job.road, VddkSettings):
+            await quietly(in_thread(end_access, None, job, connection_of(vcenter)))
         give_up = forget if (folder / PARTS).is_dir() else discard
         give_up(folder)
         await on_vcenter(vcenter, drop_snapshot, holder["vm"], name=holder["snapshot"])

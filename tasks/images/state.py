@@ -32,9 +32,10 @@ class JobState(Value):
     """What a job copies, from which point in time, and which of its disks are here already.
 
     digest: the hash that content is told by. tracked: vSphere is asked what of the disks is allocated. selection: which
-    of the VM's disks were asked for, in words; "": all. left_out: the others' titles. road: how they are read, and
-    skipped_roads: why not otherwise. A run killed on `vddk` leaves the VM prepared for access, under identities made of
-    the job's id and the disks' numbers (`tasks.road`), until the next run ends that.
+    of the VM's disks were asked for, in words; "": all. left_out: the others' titles. resumable: whether the next run
+    goes on with it; with a sync it does not, of which this says only whose access VDDK is to end. road: how they are
+    read, and skipped_roads: why not otherwise. A run killed on `vddk` leaves the VM prepared for access, under
+    identities made of the job's id and the disks' numbers (`tasks.road`), until the next run ends that.
     """
 
     version: int = FORMAT_VERSION
@@ -44,6 +45,7 @@ class JobState(Value):
     vm: VirtualMachine
     snapshot: Snapshot | None
     disks: tuple[VirtualDisk, ...]
+    resumable: bool = True
     arrivals: tuple[Arrival, ...] = ()
     digest: DigestName = "blake3"
     tracked: bool = False

@@ -72,6 +72,7 @@ from tasks.models.wishes import (
     ExportTransport,
     JobOptions,
     OptionalText,
+    RoutedJob,
     StartableJob,
     split_network,
 )
@@ -135,6 +136,7 @@ __all__ = [
     "Roads",
     "RollbackJob",
     "Round",
+    "RoutedJob",
     "SampledDisk",
     "ServiceTicket",
     "SkippedRoad",

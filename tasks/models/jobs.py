@@ -9,14 +9,15 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    field_validator,
     model_validator,
 )
 
 from tasks.models.results import ArrivalFormat, Compression, ImageFormat
-from tasks.models.wishes import DiskJob, ExportTransport, JobOptions, OptionalText, StartableJob
+from tasks.models.wishes import DiskJob, ExportTransport, JobOptions, OptionalText, RoutedJob, StartableJob
 
 
-class ExportJob(StartableJob):
+class ExportJob(StartableJob, RoutedJob):
     """Which VM to export, where to, and how."""
 
     # The form that the Prefect UI shows is made of this; it shows neither examples nor comments.
@@ -34,19 +35,6 @@ class ExportJob(StartableJob):
         description="Of qcow2, in a second pass over what arrived, which takes room for both: zstd (QEMU 5.1 or newer) "
         "or zlib. none: written in one pass.",
         examples=["none"],
-    )
-    transport: ExportTransport = Field(
-        default=ExportTransport.auto,
-        title="Transport",
-        description="The road that the disks' bytes take. auto takes the best one that works, and says which.",
-        examples=["auto"],
-    )
-    vddk_libdir: OptionalText = Field(
-        default="",
-        title="VDDK folder",
-        description="With the transport vddk: VMware's unpacked vmware-vix-disklib-distrib on the worker's machine. "
-        "Empty: looked for where it usually is.",
-        examples=["/usr/lib/vmware-vix-disklib"],
     )
 
     @property
@@ -180,7 +168,7 @@ class VerifyJob(BaseModel):
     )
 
 
-class SyncJob(DiskJob):
+class SyncJob(RoutedJob):
     """Which VM to copy once, and then only what changed of it, and how."""
 
     format: ArrivalFormat = Field(
@@ -205,6 +193,18 @@ class SyncJob(DiskJob):
     def arrival_format(self) -> ArrivalFormat:
         return self.format
 
+    @field_validator("transport")
+    @classmethod
+    def _seeks(cls, transport: ExportTransport) -> ExportTransport:
+        if not transport.seeks:
+            others = ", ".join(each for each in ExportTransport if each.seeks)
+            raise ValueError(f"{transport} reads a disk only from its beginning to its end: choose among {others}")
+        return transport
+
     @property
     def tracked(self) -> bool:
+        return True
+
+    @property
+    def seeking(self) -> bool:
         return True

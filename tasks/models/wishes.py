@@ -22,7 +22,7 @@ from tasks.text import for_xml
 
 
 class ExportTransport(StrEnum):
-    """Roads out of vSphere that `export` can take."""
+    """Roads out of vSphere."""
 
     auto = "auto"
     vddk = "vddk"
@@ -30,6 +30,11 @@ class ExportTransport(StrEnum):
     folder = "folder"
     ssh = "ssh"
     nfc_lease = "nfc_lease"
+
+    @property
+    def seeks(self) -> bool:
+        """Whether it reads a disk here and there, and not only all of it in a row."""
+        return self is not ExportTransport.nfc_lease
 
 
 SLOWEST_BYTES_PER_S = 64 * 1024
@@ -249,6 +254,28 @@ class DiskJob(JobOptions):
 
     @property
     def tracked(self) -> bool:
+        return False
+
+
+class RoutedJob(DiskJob):
+    """Which road the disks' bytes take. seeking: it must be one that seeks."""
+
+    transport: ExportTransport = Field(
+        default=ExportTransport.auto,
+        title="Transport",
+        description="The road that the disks' bytes take. auto takes the best one that works, and says which.",
+        examples=["auto"],
+    )
+    vddk_libdir: OptionalText = Field(
+        default="",
+        title="VDDK folder",
+        description="With the transport vddk: VMware's unpacked vmware-vix-disklib-distrib on the worker's machine. "
+        "Empty: looked for where it usually is.",
+        examples=["/usr/lib/vmware-vix-disklib"],
+    )
+
+    @property
+    def seeking(self) -> bool:
         return False
 
 

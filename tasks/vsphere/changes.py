@@ -68,9 +68,12 @@ def changed_extents(
 ) -> tuple[Extent, ...]:
     """Return, in order, the areas of `disk` that were written between `since` (a changeId, or `*`) and `snapshot`.
 
-    One round trip a page. Raises ChangeIdInvalid where vSphere cannot tell, or tells what cannot be.
+    One round trip a page. Raises ChangeIdInvalid where vSphere cannot tell, or tells what cannot be; where other
+    snapshots are below this one it is not asked, as nobody says which of the chain's files `*` is of.
     Source: VirtualMachine.QueryChangedDiskAreas.
     """
+    if len(disk.parents) > snapshot.quiesced:  # quiescing with VSS leaves a second redo log
+        raise ChangeIdInvalid(disk=disk.title, reason=f"the VM has other snapshots below {snapshot.name}")
     entity, at = session.entity(vim.VirtualMachine, vm.moref), session.entity(vim.vm.Snapshot, snapshot.moref)
     action, offset, found = f"to tell what changed on {disk.label}", 0, list[Extent]()
     while offset < disk.capacity_bytes:
