@@ -22,11 +22,25 @@ COPIES: dict[str, dict[str, Any]] = {
     "app-03": {"transport": "nbd", "format": "raw"},
     "app-04": {"transport": "folder", "format": "raw"},
     "app-06": {"mode": "vddk_download"},
-    "app-07": {"mode": "cbt_sync", "enable_cbt": True},
-    "app-08": {"mode": "warm_migration", "enable_cbt": True, "pause": "PT1S", "downtime_budget": "PT10M"},
+    "app-07": {"mode": "cbt_sync", "enable_cbt": True, "transport": "vddk"},
+    "app-08": {
+        "mode": "warm_migration",
+        "transport": "nbd",
+        "enable_cbt": True,
+        "pause": "PT1S",
+        "downtime_budget": "PT10M",
+    },
 }
 FILES: dict[str, dict[str, Any]] = {"app-09": {"mode": "download_only", "snapshot": True}}
-ROADS = {"app-01": "vddk", "app-02": "ssh", "app-03": "nbd", "app-04": "folder", "app-06": "vddk"}
+ROADS = {
+    "app-01": "vddk",
+    "app-02": "ssh",
+    "app-03": "nbd",
+    "app-04": "folder",
+    "app-06": "vddk",
+    "app-07": "vddk",
+    "app-08": "nbd",
+}
 
 
 @pytest.fixture
