@@ -103,6 +103,15 @@ def test_a_range_comes_whole_and_nothing_else_does(host: EsxiHost, content: byte
     assert got == content[start : start + length]
 
 
+def test_who_stops_reading_early_leaves_nobody_reading_ahead(host: EsxiHost, content: bytes) -> None:
+    with SshReader(disk(host.settings())) as reader:
+        stream = reader.stream(Extent(start=0, length=SIZE))
+        offset, first = next(stream)
+        assert bytes(first) == content[offset : len(first)]
+        stream.close()
+        assert not [thread for thread in threading.enumerate() if thread.name == "ssh-ahead"]
+
+
 def test_a_password_opens_what_asks_for_one_and_no_secret_is_in_a_command_line(host: EsxiHost) -> None:
     locked = (host.folder / "locked").read_text()
     settings = host.settings(key=SecretStr(locked), password=SecretStr(PASSPHRASE))
