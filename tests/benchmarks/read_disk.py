@@ -57,7 +57,7 @@ def read_all(reader: Reader, take: Callable[[Iterable[tuple[int, Any]]], object]
 
 
 class Memory(threading.local):
-    """Where a thread copies to, all its time: fresh memory costs more than filling it. The GIL is not held meanwhile."""
+    """Where a thread copies to, all its time: fresh memory costs more than filling it. Without the GIL meanwhile."""
 
     def __init__(self) -> None:
         self._place = ctypes.c_char.from_buffer(aligned_buffer(REQUEST_BYTES))
