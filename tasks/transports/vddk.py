@@ -43,13 +43,14 @@ from tasks.process import Stopped
 from tasks.reader import TransientFault, cut, joined
 from tasks.transports import vixdisklib_abi as abi
 from tasks.transports.vddk_library import find_library
-from tasks.transports.vddk_process import Refused, Worker, worker_of
+from tasks.transports.vddk_process import Lane, Refused, Worker, worker_of
 
 LEAF_BYTES = 256 * 1024  # requests and chunks are of whole ones: what the copy loop works in
 REQUEST_BYTES = 2 * 1024 * 1024  # the most that is asked for at once
 DEPTH = 4
-SLOTS = 2 * DEPTH  # one fills while the one before it is written
-EXTENT_BYTES = 16 * 1024 * 1024  # so that small disks too keep every thread busy
+AHEAD = 4  # requests of a thread under way: more than it takes, so that the library never waits for us
+SLOTS = AHEAD * DEPTH
+EXTENT_BYTES = 32 * 1024 * 1024  # at the end of each there is less under way; but small disks have few
 OPEN_TIMEOUT_S = 180.0  # the library's own attempts to reach a host take a minute each
 READ_TIMEOUT_S = 120.0
 MEMORY_ATTEMPTS, MEMORY_WAIT_S = 5, 2.0  # of opening, where the host has no memory for one more session
@@ -111,7 +112,7 @@ class VddkReader:
         self._disk, self._read_timeout_s, self._when_full = disk, read_timeout_s, when_full
         self._stop = stop or threading.Event()
         self._own = ExitStack()
-        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()  # slots of the ring
+        self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()  # those that no thread has
         self._allocated: tuple[Extent, ...] = ()
         self._mending = threading.Lock()
         self._generation = 0  # of the open disk
@@ -142,27 +143,27 @@ class VddkReader:
         return self._allocated
 
     def stream(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
-        """Yield the bytes of `extent` in order, the next request under way. See `tasks.reader.Reader`."""
+        """Yield the bytes of `extent` as they come, the next requests under way. See `tasks.reader.Reader`."""
         self._mend()
-        wanted = deque(cut(extent, REQUEST_BYTES))
-        slots = [self._slot(extent), self._slot(extent)]
-        under_way: deque[tuple[Extent, int, Future[Any]]] = deque()
+        wanted, under_way = deque(cut(extent, REQUEST_BYTES)), dict[int, Extent]()
+        lane = self._lane(extent)
         try:
             while wanted or under_way:
-                while slots and wanted:
-                    request, slot = wanted.popleft(), slots.pop()
-                    under_way.append((request, slot, self._worker.read(request, slot)))
-                request, slot, reply = under_way[0]
-                self._settle(request, reply)
-                under_way.popleft()
-                slots.append(slot)
+                while lane.free and wanted:
+                    slot = lane.free.pop()
+                    under_way[slot] = wanted.popleft()
+                    self._worker.read(under_way[slot], slot)
+                slot, refused = self._ended(lane, extent)
+                lane.free.append(slot)
+                request = under_way.pop(slot, None)
+                if not request:  # it was asked for by one who did not wait for it
+                    continue
+                if refused:
+                    raise self._fault(refused) from refused
                 start = slot * REQUEST_BYTES
                 yield request.start, self._memory[start : start + request.length]
         finally:
-            for slot in slots:
-                self._free.put(slot)
-            for _, slot, reply in under_way:  # the library may be writing there still
-                reply.add_done_callback(lambda _, slot=slot: self._free.put(slot))  # type: ignore[misc]
+            self._lanes.put(lane)
 
     def interrupt(self) -> None:
         """Wake every thread that waits for the worker, with TransientFault."""
@@ -185,27 +186,29 @@ class VddkReader:
         """Start a worker and have it open the disk; both stay with `stack`."""
         with ExitStack() as mine:
             fd, self._memory = mine.enter_context(_ring(SLOTS * REQUEST_BYTES))
+            lanes = [mine.enter_context(Lane(range(n * AHEAD, (n + 1) * AHEAD))) for n in range(DEPTH)]
             wishes = self._wishes(fd, mine)
-            self._worker = mine.enter_context(self._at_work(wishes))
+            wishes["answer_fds"] = [lane.theirs.fileno() for lane in lanes for _ in lane.slots]
+            self._worker = mine.enter_context(self._at_work(wishes, lanes))
             opened = self._opened(self._worker.open(wishes))
             self._allocated, mapped = self._ask_what_is_allocated()
             self._generation = opened["generation"]
             self.road_reason = f"{self._library.words}, transport {opened['mode']}, {mapped}"
             stack.push(mine.pop_all())
-        for slot in range(SLOTS):
-            self._free.put(slot)
+        for lane in lanes:
+            self._lanes.put(lane)
 
     def _say_full(self, _: RetryCallState) -> None:
         _log.warning("the host has no memory for one more session source=%r", self.source)
         self._when_full()
 
-    def _start(self, ring_fd: int) -> AbstractContextManager[Worker]:
-        return worker_of(self._library.folder, ring_fd=ring_fd, source=self.source)
+    def _start(self, ring_fd: int, lanes: Sequence[Lane] = ()) -> AbstractContextManager[Worker]:
+        return worker_of(self._library.folder, ring_fd=ring_fd, lanes=lanes, source=self.source)
 
     @contextmanager
-    def _at_work(self, wishes: dict[str, Any]) -> Iterator[Worker]:
+    def _at_work(self, wishes: dict[str, Any], lanes: Sequence[Lane]) -> Iterator[Worker]:
         """Have a worker for the block, and another one after it to release the VM, where that did not end well."""
-        with ExitStack() as after, self._start(wishes["ring_fd"]) as worker:
+        with ExitStack() as after, self._start(wishes["ring_fd"], lanes) as worker:
             after.callback(self._release, worker, wishes)
             yield worker
 
@@ -301,10 +304,10 @@ class VddkReader:
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────
 
-    def _slot(self, extent: Extent) -> int:
-        """Take a slot that nothing is read into. Raises TransferInterrupted where reads never end."""
+    def _lane(self, extent: Extent) -> Lane:
+        """Take a lane that no other thread has. Raises TransferInterrupted where there is none for long."""
         try:
-            return self._free.get(timeout=self._read_timeout_s)
+            return self._lanes.get(timeout=self._read_timeout_s)
         except queue.Empty:
             raise self._no_answer(extent) from None
 
@@ -312,25 +315,30 @@ class VddkReader:
         why = f"VDDK does not answer for {self._read_timeout_s:.0f} s"
         return TransferInterrupted(source=self.source, resumable_at=extent.start, why=why)
 
-    def _settle(self, request: Extent, reply: Future[Any]) -> None:
-        """Wait for a read. Raises TransientFault where the connection was lost: the next one opens the disk anew."""
+    def _ended(self, lane: Lane, extent: Extent) -> tuple[int, Refused | None]:
+        """Wait until a read has ended; return its slot, and what was wrong."""
         try:
-            self._result(reply, self._read_timeout_s)
+            return self._waited(lambda _: self._worker.ended(lane), self._read_timeout_s)
         except TimeoutError as error:
-            raise self._no_answer(request) from error
-        except Refused as refused:
-            if refused.code not in abi.LOST:
-                raise self._failed(refused.call, self._words(refused)) from refused
-            self._lost = max(self._lost, refused.generation)
-            wait_s = MEMORY_WAIT_S if refused.code == abi.OUT_OF_MEMORY else 0.0
-            raise TransientFault(self._words(refused), wait_s=wait_s) from refused
+            raise self._no_answer(extent) from error
+
+    def _fault(self, refused: Refused) -> TransientFault | VddkFailed:
+        """Return what is to be raised. Where the connection was lost, the next stream opens the disk anew."""
+        if refused.code not in abi.LOST:
+            return self._failed(refused.call, self._words(refused))
+        self._lost = max(self._lost, refused.generation)
+        wait_s = MEMORY_WAIT_S if refused.code == abi.OUT_OF_MEMORY else 0.0
+        return TransientFault(self._words(refused), wait_s=wait_s)
 
     def _result(self, future: Future[T], timeout_s: float) -> T:
         """Wait for an answer. Raises TimeoutError, Stopped, and what the answer is."""
+        return self._waited(future.result, timeout_s)
+
+    def _waited(self, wait: Callable[[float], T], timeout_s: float) -> T:
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                return future.result(min(POLL_S, max(0.0, deadline - time.monotonic())))
+                return wait(min(POLL_S, max(0.0, deadline - time.monotonic())))
             except TimeoutError:
                 if self._stop.is_set():
                     raise Stopped from None
@@ -360,11 +368,14 @@ class VddkReader:
 
 @contextmanager
 def _ring(length: int) -> Iterator[tuple[int, memoryview]]:
-    """Yield shared memory, as a file to inherit and as a buffer; it begins on a page, for writing with O_DIRECT."""
+    """Yield shared memory, as a file to inherit and as a buffer; it begins on a page, for writing with O_DIRECT.
+
+    It is there at once, here and in the worker: page by page threads would hold each other up.
+    """
     fd = os.memfd_create("vddk-ring")
     try:
         os.ftruncate(fd, length)
-        yield fd, memoryview(mmap.mmap(fd, length))
+        yield fd, memoryview(mmap.mmap(fd, length, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
     finally:
         os.close(fd)
 

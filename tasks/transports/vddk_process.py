@@ -10,21 +10,25 @@ import contextlib
 import json
 import logging
 import os
+import socket
+import struct
 import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tasks.errors import VddkCrashed
 from tasks.models import SECTOR_BYTES, Extent
 from tasks.process import LAST_LINES, child, end_group, outcome_of
 
 LEAVE_TIMEOUT_S = 8.0  # twice that, and a Prefect worker would still not kill the run
+POLL_S = 0.2
+ANSWER_BYTES = 4096  # of one read; an error comes with its text
 LEFT_WELL = "exit status 0"
 ROOT = Path(__file__).resolve().parents[2]
 NOT_THE_WORKERS = ("PYTHON", "PREFECT_", "VCENTER_")  # of our environment: secrets, and what would change its Python
@@ -41,11 +45,37 @@ class Refused(Exception):
         self.generation = generation
 
 
+class Lane:
+    """One thread's way back from the worker: the socket on which it says which read ended, and slots of the ring.
+
+    free: those that nothing is read into; who asks takes one out, and puts back what has ended.
+    """
+
+    def __init__(self, slots: Iterable[int]) -> None:
+        self.slots = tuple(slots)
+        self.free = list(self.slots)
+        self.answers, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.answers.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, int(POLL_S * 1e6)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.answers.close()
+        self.theirs.close()
+
+    def wake(self) -> None:
+        """Have who waits find no answer."""
+        with contextlib.suppress(OSError):  # the worker has ended
+            self.answers.shutdown(socket.SHUT_RD)
+
+
 class Worker:
     """Commands to the worker, and its answers as futures, which raise Refused, or VddkCrashed where it ended."""
 
-    def __init__(self, process: subprocess.Popen[bytes], *, source: str) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], lanes: Sequence[Lane], *, source: str) -> None:
         self._process, self._source = process, source
+        self.lanes = lanes
         self._waiting: dict[int, Future[Any]] = {}
         self._runs: list[tuple[int, int]] = []
         self._number = -1  # of the last command
@@ -61,10 +91,21 @@ class Worker:
         """Say what to open; the answer says what it is."""
         return self._ask(wishes)
 
-    def read(self, request: Extent, slot: int) -> Future[Any]:
+    def read(self, request: Extent, slot: int) -> None:
         """Have the bytes of `request` put into a slot of the ring."""
         start, count = request.start // SECTOR_BYTES, -(-request.length // SECTOR_BYTES)
-        return self._ask({"op": "read", "slot": slot, "start": start, "count": count})
+        self._write(b"[%d, %d, %d]\n" % (slot, start, count))
+
+    def ended(self, lane: Lane) -> tuple[int, Refused | None]:
+        """Return the slot of a read that ended, and what was wrong. Raises TimeoutError, after `POLL_S`."""
+        try:
+            answer = lane.answers.recv(ANSWER_BYTES)
+        except BlockingIOError:
+            raise TimeoutError from None
+        if not answer:
+            raise self._why()
+        told = json.loads(answer)
+        return (told, None) if isinstance(told, int) else (told["slot"], Refused(told["error"], told["generation"]))
 
     def allocated(self, size: int, *, chunk_bytes: int) -> Future[list[tuple[int, int]]]:
         """Ask for the runs of allocated sectors; what is left of a chunk at the end of the disk counts as one."""
@@ -82,10 +123,12 @@ class Worker:
             waiting, self._waiting = self._waiting, {}
         for future in waiting.values():
             future.set_exception(error)
+        for lane in self.lanes:
+            lane.wake()
 
     def leave(self) -> None:
         """Have the worker close the disk and end; by force, if it does not."""
-        self._write({"op": "close", "id": -1})
+        self._write(_line({"op": "close", "id": -1}))
         self._threads[-1].join(LEAVE_TIMEOUT_S)
         end_group(self._process, close=False)
         for thread in self._threads:
@@ -95,6 +138,13 @@ class Worker:
         """Return what the library said last."""
         return tuple(self._said)
 
+    def _why(self) -> BaseException:
+        """Return why there are no more answers."""
+        if not self._gave_up:
+            self._threads[-1].join(LEAVE_TIMEOUT_S)
+        assert self._gave_up
+        return self._gave_up
+
     def _ask(self, command: dict[str, Any]) -> Future[Any]:
         future: Future[Any] = Future()
         with self._lock:
@@ -103,13 +153,14 @@ class Worker:
                 return future
             self._number += 1
             self._waiting[self._number] = future
-            self._write({"id": self._number, **command})
+            self._write(_line({"id": self._number, **command}))
         return future
 
-    def _write(self, command: dict[str, Any]) -> None:
+    def _write(self, line: bytes) -> None:
+        """Write a command, whole; several threads may."""
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):  # it has ended; who listens to it tells
-            self._process.stdin.write(json.dumps(command).encode() + b"\n")
+            self._process.stdin.write(line)
             self._process.stdin.flush()
 
     def _listen(self) -> None:
@@ -144,16 +195,22 @@ class Worker:
             _log.debug("vddk: %s", text)
 
 
+def _line(command: dict[str, Any]) -> bytes:
+    return json.dumps(command).encode() + b"\n"
+
+
 @contextmanager
-def worker_of(library_folder: Path, *, ring_fd: int, source: str) -> Iterator[Worker]:
+def worker_of(library_folder: Path, *, ring_fd: int, lanes: Sequence[Lane], source: str) -> Iterator[Worker]:
     """Have a worker for the block, which inherits the shared memory; it dies with the thread that enters.
 
     source: what it is to read, for messages.
     """
     argv = [sys.executable, "-S", "-P", "-m", f"{__package__}.vddk_worker"]
-    environment = environment_for(library_folder)
-    with child(argv, stdin=subprocess.PIPE, env=environment, pass_fds=[ring_fd]) as process:
-        worker = Worker(process, source=source)
+    inherited = [ring_fd, *(lane.theirs.fileno() for lane in lanes)]
+    with child(argv, stdin=subprocess.PIPE, env=environment_for(library_folder), pass_fds=inherited) as process:
+        for lane in lanes:
+            lane.theirs.close()
+        worker = Worker(process, lanes, source=source)
         try:
             yield worker
         finally:

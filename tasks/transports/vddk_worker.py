@@ -1,13 +1,14 @@
 """The process in which VDDK runs, one disk a process: started by `tasks.transports.vddk`, never imported by it.
 
 Its stdin begins with a line of JSON that says what to open, then a command a line; each is answered on stdout by a
-line with the same `id`, reads in the order in which they end. What is read lands in shared memory. What the library
-logs goes to stderr.
+line with the same `id`. Reads, of which there are many, are `[slot, sector, sectors]`: the bytes land in that slot of
+shared memory, and the slot's number, or an object with it and the error, is sent on the socket that the first line
+names for the slot, in the order in which they end. What the library logs goes to stderr.
 
 The main thread makes every call: InitEx has to be the main thread's, opens, closes and queries one thread's
 (Programming Guide, "Multithreading Considerations"). Only the callbacks of ReadAsync come on threads of the library.
 
-    {"id": 1, "op": "read", "slot": 0, "start": 0, "count": 4096}     sectors, into a slot of the ring
+    [0, 0, 4096]
     {"id": 2, "op": "allocated", "chunk": 512, "sectors": 131072}     "blocks", in several answers, then a "rest"
     {"id": 3, "op": "reopen", "generation": 1}                        unless that has been done since
     {"id": 4, "op": "close"}
@@ -22,13 +23,15 @@ import json
 import mmap
 import os
 import sys
-from contextlib import ExitStack
+import threading
+from contextlib import ExitStack, suppress
 from ctypes import byref
 from typing import IO, Any
 
 from tasks.transports import vixdisklib_abi as abi
 
 LINE_BYTES = 2048  # of the library's log
+KEPT_THREADS = 64  # of the library
 
 Command = dict[str, Any]
 
@@ -177,48 +180,84 @@ class Worker:
 
     def __init__(self, library: Library, disk: Disk, wishes: Command, out: IO[bytes]) -> None:
         self._library, self._disk, self._out = library, disk, out
-        self._slot_bytes = wishes["slot_bytes"]
-        self._ring = mmap.mmap(wishes["ring_fd"], self._slot_bytes * wishes["slots"])
+        self._slot_bytes, self._answer_fds = wishes["slot_bytes"], wishes["answer_fds"]
+        whole = self._slot_bytes * wishes["slots"]
+        self._ring = mmap.mmap(wishes["ring_fd"], whole, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._ring))
         self._callback = abi.CompletionFunction(self._completed)
+        self._here, self._kept = threading.local(), 0
         self._asynchronous = library.has("ReadAsync") and library.has("Wait")
 
     def serve(self, commands: IO[str]) -> None:
         """Answer until told to close, or nobody is there any more to tell."""
         for line in commands:
             command = json.loads(line)
-            if command["op"] == "close":
+            if isinstance(command, list):
+                self._read(*command)
+            elif command["op"] == "close":
                 break
-            try:
-                getattr(self, f"_{command['op']}")(command)
-            except VixFailure as failure:
-                self.tell(command["id"], error=failure.told, generation=self._disk.generation)
+            else:
+                self._obey(command)
+
+    def _obey(self, command: Command) -> None:
+        try:
+            getattr(self, f"_{command['op']}")(command)
+        except VixFailure as failure:
+            self.tell(command["id"], error=failure.told, generation=self._disk.generation)
 
     def tell(self, number: int, **what: Any) -> None:
         """Write one answer; several threads may."""
         tell(self._out, {"id": number} | what)
 
-    def _read(self, command: Command) -> None:
+    def _read(self, slot: int, start: int, count: int) -> None:
+        """Read sectors into a slot; its answer goes where those for this slot do."""
+        try:
+            if not self._begun(slot, start, count):
+                self._completed(slot, 0)
+        except VixFailure as failure:
+            self._failed(slot, failure)
+
+    def _begun(self, slot: int, start: int, count: int) -> bool:
+        """Tell whether the callback will say how it ended, else it has ended well. Raises VixFailure."""
         if not self._disk.handle:
             raise VixFailure("Read", 14011, "the disk is not open")
-        number, start, count = command["id"], command["start"], command["count"]
-        into = self._base + command["slot"] * self._slot_bytes
+        into = self._base + slot * self._slot_bytes
         if self._asynchronous:
-            error = self._library.call("ReadAsync", self._disk.handle, start, count, into, self._callback, number)
+            error = self._library.call("ReadAsync", self._disk.handle, start, count, into, self._callback, slot)
             if abi.code_of(error) == abi.ASYNC:
-                return
+                return True
             self._asynchronous = abi.code_of(error) != abi.NOT_SUPPORTED
             if self._asynchronous:
                 raise self._library.failure("ReadAsync", error)
         self._library.check("Read", self._disk.handle, start, count, into)
-        self.tell(number)
+        return False
 
-    def _completed(self, number: int, error: int) -> None:
+    def _completed(self, slot: int | None, error: int) -> None:
+        """Tell how a read ended: by a thread of the library's, which passes no slot for the first one."""
+        self._keep_thread()
         if error:
-            told = self._library.failure("ReadAsync", error).told
-            self.tell(number, error=told, generation=self._disk.generation)
+            self._failed(slot or 0, self._library.failure("ReadAsync", error))
         else:
-            self.tell(number)
+            self._answer(slot or 0, b"%d" % (slot or 0))
+
+    def _keep_thread(self) -> None:
+        """Have Python remember the thread of the library's that we are on.
+
+        Else it makes itself at home there anew for each callback, in memory that it maps and unmaps, which holds up
+        every other thread. What it remembers stays, so it is to remember a few at most.
+        """
+        if not getattr(self._here, "kept", False) and self._kept < KEPT_THREADS:
+            self._here.kept = True
+            self._kept += 1
+            ctypes.pythonapi.PyGILState_Ensure()
+
+    def _failed(self, slot: int, failure: VixFailure) -> None:
+        told = {"slot": slot, "error": failure.told, "generation": self._disk.generation}
+        self._answer(slot, json.dumps(told).encode())
+
+    def _answer(self, slot: int, answer: bytes) -> None:
+        with suppress(BrokenPipeError, ConnectionError):  # nobody waits any more
+            os.write(self._answer_fds[slot], answer)
 
     def _allocated(self, command: Command) -> None:
         """Tell the runs of allocated sectors, call by call; the part of a chunk at the end is not asked for."""
@@ -246,7 +285,7 @@ class Worker:
         self.tell(command["id"], generation=self._disk.generation)
 
 
-def tell(out: IO[bytes], what: dict[str, Any]) -> None:
+def tell(out: IO[bytes], what: int | dict[str, Any]) -> None:
     """Write a line of JSON, whole."""
     out.write(json.dumps(what).encode() + b"\n")
     out.flush()

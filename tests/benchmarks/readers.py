@@ -1,6 +1,7 @@
 """The roads' readers against programs that read the same: C with the same queue depth, nbdcopy, `ssh cat`, qemu-img.
 
-VDDK and C copy to a file (ours hashes every leaf on the way) until it is durable, and once more in memory only; of the
+VDDK and C copy to a file (ours hashes every leaf on the way) until it is durable, and once more in memory only, without
+hashes: there at no latency both cores are busy, and what a second process costs in wake-ups shows. Of the
 others the bytes go nowhere, as what is compared is how fast they come. Server and client share the machine, so the
 figures are good for ratios only. The rows of leases are `lease`'s. `HYPER2KVM_BENCH_MIB` makes the disk smaller.
 """
@@ -29,7 +30,7 @@ from tests.benchmarks.measure import DISK_BYTES, MIB, Contender, Row, Run, compa
 from tests.labs import ROOT, VDDK, Lab, running_lab
 from tests.sshd import EsxiHost, esxi_host
 
-QUEUE = 8  # requests of ours under way at once: four threads, two each
+QUEUE = 8  # requests under way at once: the threads of the stand-in for VDDK, in which more of ours wait
 GOALS = {"C, same depth": 0.9, "nbdcopy": 1.0, "ssh cat": 0.9}
 HALF_GOAL = 0.55  # of the bytes of a disk of which half is allocated
 

@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -129,16 +131,36 @@ def test_holes_between_what_is_allocated_cost_nothing(lab, disk, tmp_path):
     assert lab.stats()["bytes_served"] <= allocated + 2 * LEAF_BYTES  # a sample, which is read before
 
 
-def test_a_thread_has_two_requests_under_way_of_2_mib_at_most(disk):
+def test_a_thread_has_four_requests_under_way_of_2_mib_at_most(disk, monkeypatch):
+    asked: list[Extent] = []
+    ask = vddk_process.Worker.read
+    monkeypatch.setattr(
+        vddk_process.Worker, "read", lambda self, request, slot: asked.append(request) or ask(self, request, slot)
+    )
     with VddkReader(disk) as reader:
-        whole = Extent(start=LEAF_BYTES, length=8 * 1024 * 1024)
-        asked, stream = reader._worker._number, reader.stream(whole)
+        whole = Extent(start=LEAF_BYTES, length=12 * 1024 * 1024)
+        asked.clear()
+        stream = reader.stream(whole)
         pieces = [(offset, len(buffer)) for offset, buffer in (next(stream),)]
-        assert reader._worker._number == asked + 2
+        assert len(asked) == 4
         pieces += [(offset, len(buffer)) for offset, buffer in stream]
-    assert pieces[0] == (LEAF_BYTES, REQUEST_BYTES - LEAF_BYTES)
-    assert sum(length for _, length in pieces) == whole.length
-    assert max(length for _, length in pieces) == REQUEST_BYTES
+    assert sorted(pieces) == [(request.start, request.length) for request in asked]
+    assert asked[0] == Extent(start=LEAF_BYTES, length=REQUEST_BYTES - LEAF_BYTES)
+    assert sum(request.length for request in asked) == whole.length
+    assert max(request.length for request in asked) == REQUEST_BYTES
+
+
+def test_what_comes_for_one_who_did_not_wait_is_not_taken_by_the_next(disk, monkeypatch):
+    monkeypatch.setenv("VIXLAB_LATENCY_MS", "20")
+    with VddkReader(disk) as reader:
+        whole = {offset: bytes(buffer) for offset, buffer in reader.stream(Extent(start=0, length=SIZE))}
+        for number in range(3 * vddk.DEPTH):
+            # a lane's turn comes again after all the others', with another place
+            part = Extent(start=number // vddk.DEPTH * 3 * REQUEST_BYTES, length=8 * 1024 * 1024)
+            with closing(reader.stream(part)) as stream:
+                for offset, buffer in islice(stream, 1 if number % 3 else None):
+                    start = offset // REQUEST_BYTES * REQUEST_BYTES
+                    assert bytes(buffer) == whole[start][offset - start :][: len(buffer)]
 
 
 @pytest.mark.parametrize("setting", ["VIXLAB_NO_ASYNC", "VIXLAB_SHORT_BLOCKS"])
@@ -318,8 +340,10 @@ def test_a_read_that_never_ends_interrupts_the_transfer(disk, monkeypatch):
 
 def test_where_reads_that_were_given_up_never_end_the_next_one_does_not_wait_forever(disk):
     with VddkReader(disk, read_timeout_s=0.5) as reader:
-        for _ in range(vddk.SLOTS):
-            reader._free.get()
+        for _ in range(vddk.DEPTH):
+            lane = reader._lanes.get()
+            lane.free.clear()
+            reader._lanes.put(lane)
         with pytest.raises(TransferInterrupted, match="VDDK does not answer"):
             list(reader.stream(Extent(start=0, length=LEAF_BYTES)))
 

@@ -54,7 +54,7 @@ struct VixDiskLibHandleStruct {
   char query[4096], uuid[64];
   uint64_t capacity; /* in bytes */
   pthread_mutex_t lock;
-  pthread_cond_t news;
+  pthread_cond_t news, idle; /* a read waits, or the end has come; nothing is under way */
   struct read *first, *last; /* waiting */
   int under_way, closing, in_read;
   pthread_t threads[THREADS];
@@ -265,8 +265,7 @@ static void *serve(void *argument) {
   for (struct read *read; (read = next_read(handle)); free(read)) {
     read->callback(read->data, fetch(handle, link, read));
     pthread_mutex_lock(&handle->lock);
-    handle->under_way--;
-    pthread_cond_broadcast(&handle->news);
+    if (!--handle->under_way) pthread_cond_broadcast(&handle->idle);
     pthread_mutex_unlock(&handle->lock);
   }
   link_free(link);
@@ -309,6 +308,7 @@ VixError VixDiskLib_Open(VixDiskLibConnection connection, const char *path, uint
   }
   pthread_mutex_init(&handle->lock, NULL);
   pthread_cond_init(&handle->news, NULL);
+  pthread_cond_init(&handle->idle, NULL);
   for (int i = 0; i < THREADS; i++) pthread_create(&handle->threads[i], NULL, serve, handle);
   *out = handle;
   return VIX_OK;
@@ -317,7 +317,7 @@ VixError VixDiskLib_Open(VixDiskLibConnection connection, const char *path, uint
 VixError VixDiskLib_Wait(VixDiskLibHandle handle) {
   initialised();
   pthread_mutex_lock(&handle->lock);
-  while (handle->under_way) pthread_cond_wait(&handle->news, &handle->lock);
+  while (handle->under_way) pthread_cond_wait(&handle->idle, &handle->lock);
   pthread_mutex_unlock(&handle->lock);
   return VIX_OK;
 }
@@ -387,7 +387,7 @@ VixError VixDiskLib_ReadAsync(VixDiskLibHandle handle, uint64_t start, uint64_t 
     handle->first = read;
   handle->last = read;
   handle->under_way++;
-  pthread_cond_broadcast(&handle->news);
+  pthread_cond_signal(&handle->news); /* one thread: to wake all for one read would count against who calls */
   pthread_mutex_unlock(&handle->lock);
   return VIX_ASYNC;
 }
