@@ -130,11 +130,13 @@ class FolderDisk(Value):
 
 
 class FolderFile(FolderDisk):
-    """Any file of a datastore, read as it is; its size is `capacity_bytes`."""
+    """Any file of a datastore, read as it is; its size is `capacity_bytes`. `begun`: some of it may be here already."""
+
+    begun: bool = False
 
     def first_extent(self) -> Extent:
-        """Return all of a file that is not too large for one request: most are small, and every round trip counts."""
-        if self.capacity_bytes > REQUEST_BYTES:
+        """Return all of a file, where one request can have it: most are small, and every round trip counts."""
+        if self.begun or self.capacity_bytes > REQUEST_BYTES:
             return super().first_extent()
         return Extent(start=0, length=self.capacity_bytes)
 

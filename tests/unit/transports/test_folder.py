@@ -149,9 +149,12 @@ def test_a_small_file_of_which_another_part_is_wanted_is_asked_again(server: Ser
     assert [headers["Range"] for _, headers in server.requests] == [whole, "bytes=512-1023", "bytes=512-1023"]
 
 
-def test_a_large_file_is_tried_by_a_sector(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "REQUEST_BYTES", len(CONTENT) - 1)
-    with reader(server, kind=FolderFile):
+@pytest.mark.parametrize(("most", "begun"), [(len(CONTENT) - 1, False), (len(CONTENT), True)])
+def test_a_file_that_is_large_or_here_in_part_is_tried_by_a_sector(
+    server: Server, monkeypatch: pytest.MonkeyPatch, most: int, begun: bool
+) -> None:
+    monkeypatch.setattr(folder, "REQUEST_BYTES", most)
+    with reader(server, kind=FolderFile, begun=begun):
         assert [headers["Range"] for _, headers in server.requests] == ["bytes=0-511"]
 
 
