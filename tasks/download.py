@@ -133,6 +133,7 @@ def _copied(
         datastore_path=file.datastore_path,
         capacity_bytes=file.size_bytes,
         host_name=place.vm.host_name,
+        begun=parts.journal.exists(),
     )
     reader, binding = from_folder(source), place.binding(file)
     return fetch(reader, parts, binding=binding, algorithm=place.digest, meter=meter, stop=stop)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import logging
 import os
@@ -10,39 +9,37 @@ from pathlib import Path
 from typing import Self
 
 from tasks.errors import DiskFull
+from tasks.images.blocks_ahead import KEEP_SIZE, PUNCH_HOLE, BlocksAhead, fallocate
 from tasks.images.digests import Buffer
 from tasks.images.files import naming_full_disk, new_file
 
-PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01  # linux/falloc.h
 ZEROS = bytes(1024 * 1024)
 BLOCK_BYTES = 4096  # what O_DIRECT wants offset, length and memory to be a multiple of, at most
 
 _log = logging.getLogger(__name__)
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class RawWriter:
     """A raw image file; holes where nothing or zeros were written. See `tasks.images.writer.Writer`."""
 
-    def __init__(self, path: Path, fd: int, *, empty: bool) -> None:
-        """Made by `create` and `open`. `empty`: all of it reads as zeros, and each range is written once at most."""
+    def __init__(self, path: Path, fd: int, *, ahead: BlocksAhead | None) -> None:
+        """Made by `create` and `open`. `ahead`: of an empty file, which reads as zeros; each range is written once."""
         self.path = path
         self._fd = fd
         self._direct = _direct(fd)
-        self._empty = empty
+        self._ahead = ahead
 
     @classmethod
     def create(cls, path: Path, *, size: int) -> Self:
         """Start an empty sparse file of `size` bytes; a left-over of that name is emptied first. Raises DiskFull."""
         with new_file(path) as fd:
             os.ftruncate(fd, size)
-            return cls(path, fd, empty=True)
+            return cls(path, fd, ahead=BlocksAhead(fd, size=size))
 
     @classmethod
     def open(cls, path: Path) -> Self:
         """Open an image that holds something: zeros are punched out of it, never left unwritten."""
-        return cls(path, os.open(path, os.O_RDWR | os.O_NOFOLLOW), empty=False)
+        return cls(path, os.open(path, os.O_RDWR | os.O_NOFOLLOW), ahead=None)
 
     def __enter__(self) -> Self:
         return self
@@ -63,6 +60,8 @@ class RawWriter:
         rest = memoryview(buffer)
         with naming_full_disk(self.path, need=len(rest)):
             if self._direct is not None and not (offset % BLOCK_BYTES or len(rest) % BLOCK_BYTES):
+                if self._ahead:
+                    self._ahead.about_to_write(offset, len(rest))
                 done = _written_past_the_cache(self._direct, rest, offset)
                 rest, offset = rest[done:], offset + done
             while rest:
@@ -71,7 +70,9 @@ class RawWriter:
 
     def zero(self, offset: int, length: int) -> None:
         """Make the range read as zeros: left unwritten in an empty file, else punched, else written."""
-        if not self._empty and not self._punched(offset, length):
+        if self._ahead:
+            self._ahead.zeros()
+        elif not self._punched(offset, length):
             for at in range(offset, offset + length, len(ZEROS)):
                 self.write(at, memoryview(ZEROS)[: offset + length - at])
 
@@ -90,6 +91,8 @@ class RawWriter:
 
     def close(self) -> None:
         """Close the file; an error of delayed writing that shows only now is raised."""
+        if self._ahead:
+            self._ahead.give_back()
         fd, self._fd = self._fd, -1
         direct, self._direct = self._direct, None
         if direct is not None:
@@ -99,12 +102,13 @@ class RawWriter:
                 os.close(fd)
 
     def _punched(self, offset: int, length: int) -> bool:
-        if _libc.fallocate(self._fd, PUNCH_HOLE_KEEP_SIZE, offset, length) == 0:
-            return True
-        number = ctypes.get_errno()
-        if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV):
-            return False
-        raise OSError(number, os.strerror(number), str(self.path))
+        try:
+            fallocate(self._fd, PUNCH_HOLE | KEEP_SIZE, offset, length)
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV):
+                return False
+            raise
+        return True
 
 
 def _direct(fd: int) -> int | None:

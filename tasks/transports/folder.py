@@ -10,8 +10,8 @@ import logging
 import re
 import ssl
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import NoReturn, Self
+from contextlib import ExitStack, closing, contextmanager, suppress
+from typing import NamedTuple, NoReturn, Self
 from urllib.parse import quote
 
 import httpx
@@ -61,6 +61,8 @@ UNLOCK_FILE = (
 )
 CHANGING = "If it changes while the VM runs, power the VM off, or leave it out (--exclude-glob); then run again"
 
+Parts = Generator[tuple[int, memoryview], None, None]
+
 _log = logging.getLogger(__name__)
 _ANY_PATH = re.compile(r"\[(?P<datastore>.+?)\] ?(?P<path>.+)", re.DOTALL)
 _DATASTORE_PATH = re.compile(r"\[(?P<datastore>.+?)\] ?(?P<path>.+)\.vmdk", re.DOTALL)
@@ -103,6 +105,10 @@ class FolderDisk(Value):
         host = f"[{self.host_name}]" if ":" in self.host_name else self.host_name
         return httpx.URL(f"https://{host}/folder/{quote(path)}?dsName={quote(datastore, safe='')}")
 
+    def first_extent(self) -> Extent:
+        """Return what is asked for on entering. Of a disk, no more than a sector: perhaps little of it is copied."""
+        return Extent(start=0, length=min(SECTOR_BYTES, self.capacity_bytes))
+
     def locked(self) -> FileLocked:
         """Return what a file is that no request opens."""
         return FileLocked(path=f"{self.datastore_path} (its flat file)", remedy=UNLOCK)
@@ -124,7 +130,15 @@ class FolderDisk(Value):
 
 
 class FolderFile(FolderDisk):
-    """Any file of a datastore, read as it is; its size is `capacity_bytes`."""
+    """Any file of a datastore, read as it is; its size is `capacity_bytes`. `begun`: some of it may be here already."""
+
+    begun: bool = False
+
+    def first_extent(self) -> Extent:
+        """Return all of a file, where one request can have it: most are small, and every round trip counts."""
+        if self.begun or self.capacity_bytes > REQUEST_BYTES:
+            return super().first_extent()
+        return Extent(start=0, length=self.capacity_bytes)
 
     def locked(self) -> FileLocked:
         """Return what a file is that no request opens."""
@@ -156,7 +170,8 @@ class FolderReader:
     cookie: returns the session's cookie (`vmware_soap_session="…"`). renew: given a cookie that was refused, returns
     one that lives; several threads may call it at once. acquire: returns a ticket for one GET of a URL of an ESXi host;
     None where there are no tickets. shared: what readers of this server share; None: it has its own. Entering asks for
-    one sector, and raises FileLocked, UnsupportedDisk, PermissionMissing, SessionExpired or another ConnectionFailed.
+    the disk's `first_extent`, and raises FileLocked, UnsupportedDisk, PermissionMissing, SessionExpired or another
+    ConnectionFailed; the reply is what `stream` then gives of that extent.
 
     A large file is asked for in a few requests of the host itself, with a ticket each; what is smaller, and all else
     once the host has refused, goes by the cookie. `road` is `host` or `folder` accordingly.
@@ -186,6 +201,7 @@ class FolderReader:
         self._cookie, self._renew, self._acquire = cookie, renew, acquire
         self._ticket_bytes = ticket_bytes
         self._host: HostRoad | None = None
+        self._begun: list[_Begun] = []
         self._shared, self._own = shared, ExitStack()
         self._timeout_s = timeout_s
         self._extensions = {"timeout": httpx.Timeout(timeout_s).as_dict()}
@@ -197,6 +213,7 @@ class FolderReader:
                 stack.callback(self._shared.close)
             self._transport = bulk.BulkTransport(self._shared, connections=self.depth)
             stack.callback(self._transport.close)
+            stack.callback(self._take_begun, None)
             self._probe()
             self._look_for_host()
             if self._host:
@@ -210,8 +227,22 @@ class FolderReader:
         except (OSError, httpx.HTTPError) as error:
             _log.warning("closing a source failed source=%r error=%s", self.source, type(error).__name__)
 
-    def stream(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
+    def stream(self, extent: Extent) -> Parts:
         """Yield the bytes of `extent` in order, by one request. Raises TransientFault, or as on entering."""
+        begun = self._take_begun(extent)
+        with closing(begun.rest if begun else self._ask(extent)) as rest:
+            if begun:
+                yield begun.first
+            yield from rest
+
+    def interrupt(self) -> None:
+        """Shut every connection down: what waits for one fails at once, with TransientFault."""
+        self._transport.shut_down()
+        if self._host:
+            self._host.shut_down()
+
+    def _ask(self, extent: Extent) -> Parts:
+        """Yield what one request for `extent` brings."""
         assert self._shared
         offset = extent.start
         with self._errors(), self._shared.buffer(BUFFER_BYTES) as buffer, ExitStack() as stack:
@@ -231,12 +262,6 @@ class FolderReader:
                     break
         if offset != extent.end:
             raise TransientFault(f"the reply ended at byte {offset} of {extent.end}")
-
-    def interrupt(self) -> None:
-        """Shut every connection down: what waits for one fails at once, with TransientFault."""
-        self._transport.shut_down()
-        if self._host:
-            self._host.shut_down()
 
     def _look_for_host(self) -> None:
         """Find out whether the host itself can be asked, if the file is worth it; plan for few large requests then."""
@@ -268,8 +293,7 @@ class FolderReader:
         return stack.enter_context(self._get(extent))
 
     def _probe(self) -> None:
-        """Ask for the first sector. A busy server is asked a few times; a file that no request opens is named."""
-        sector = Extent(start=0, length=min(SECTOR_BYTES, self.size))
+        """Ask for the first bytes. A busy server is asked a few times; a file that no request opens is named."""
         patience = Retrying(
             retry=retry_if_exception_type(TransientFault) & retry_if_not_exception_type(_ServerError),
             stop=stop_after_attempt(PROBE_ATTEMPTS) | stop_after_delay(4 * self._timeout_s),
@@ -277,11 +301,31 @@ class FolderReader:
             reraise=True,
         )
         try:
-            patience(lambda: [None for _ in self.stream(sector)])
+            patience(self._begin)
         except _ServerError as fault:
             raise self._disk.locked() from fault
         except TransientFault as fault:
             raise ConnectionFailed(host=self._disk.connection.address, why=str(fault)) from fault
+
+    def _begin(self) -> None:
+        """Send the first request; leave the rest of its reply to `stream` where that is all of the file."""
+        extent = self._disk.first_extent()
+        rest = self._ask(extent)
+        first = next(rest)
+        if extent.length == self.size:
+            self._begun.append(_Begun(extent, first, rest))
+        else:
+            for _ in rest:
+                pass
+
+    def _take_begun(self, extent: Extent | None) -> _Begun | None:
+        """Return what entering asked for, if that is `extent` and nobody had it yet; end it if it is another."""
+        with suppress(IndexError):  # several threads may look
+            begun = self._begun.pop()
+            if begun.extent == extent:
+                return begun
+            begun.rest.close()
+        return None
 
     @contextmanager
     def _get(self, extent: Extent) -> Iterator[httpx.Response]:
@@ -350,6 +394,14 @@ class FolderReader:
             raise ConnectionFailed(host=host, why=f"it redirects elsewhere (status {status}), which is not followed")
         if status not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT, httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE):
             raise ConnectionFailed(host=host, why=f"status {status} for {self.source}")
+
+
+class _Begun(NamedTuple):
+    """A request that was sent on entering: what has come, and all that is to come."""
+
+    extent: Extent
+    first: tuple[int, memoryview]
+    rest: Parts
 
 
 class _ServerError(TransientFault):

@@ -17,7 +17,7 @@ from tasks.images.raw import RawWriter
 from tasks.models import Connection, Trust
 from tasks.tls import context_for
 from tasks.transports.bulk import Shared
-from tasks.transports.folder import FolderDisk, FolderReader
+from tasks.transports.folder import FolderFile, FolderReader
 from tests.benchmarks.child import measured
 
 AT_ONCE = 4  # as many as each peer
@@ -43,10 +43,10 @@ def connection_to(address: str, ca_file: str) -> Connection:
 
 def reader_of(to: Connection, cookie: str, *, size: int, name: str, shared: Shared | None = None) -> FolderReader:
     """Return the reader, not entered yet, of a file of `size` bytes of the server at the end of `to`."""
-    disk = FolderDisk(
+    disk = FolderFile(
         connection=to,
         datacenter_path="/DC",
-        datastore_path=f"[datastore1] {name}.vmdk",
+        datastore_path=f"[datastore1] {name}-flat.vmdk",
         capacity_bytes=size,
     )
     return FolderReader(disk, cookie=lambda: cookie, renew=lambda stale: stale, shared=shared)

@@ -91,8 +91,9 @@ def reader(
     )
     names = {"datacenter_path": "/DC0", "datastore_path": "[ds] web/web.vmdk", "capacity_bytes": len(CONTENT)}
     timeout_s = float(fields.pop("timeout_s", 10))  # type: ignore[arg-type]
+    depth = fields.pop("depth", None)
     disk = kind(connection=connection, **{**names, **fields})  # type: ignore[arg-type]
-    return FolderReader(disk, cookie=session.cookie, renew=session.renew, timeout_s=timeout_s)
+    return FolderReader(disk, cookie=session.cookie, renew=session.renew, timeout_s=timeout_s, depth=depth)  # type: ignore[arg-type]
 
 
 def read(source: FolderReader, extent: Extent) -> bytes:
@@ -131,6 +132,38 @@ def test_a_file_is_asked_for_under_its_own_name(server: Server) -> None:
     with reader(server, kind=FolderFile, datastore_path="[d s] wéb/a b.vmx~") as source:
         assert read(source, Extent(start=0, length=700)) == CONTENT[:700]
     assert server.requests[0][0] == "/folder/w%C3%A9b/a%20b.vmx~?dcPath=DC0&dsName=d%20s"
+
+
+def test_a_small_file_costs_one_request_and_comes_whole(server: Server, tmp_path: Path) -> None:
+    with reader(server, kind=FolderFile) as source:
+        copy_to(tmp_path / "x", source)
+    assert (tmp_path / "x").read_bytes() == CONTENT
+    assert [headers["Range"] for _, headers in server.requests] == [f"bytes=0-{len(CONTENT) - 1}"]
+
+
+def test_a_small_file_of_which_another_part_is_wanted_is_asked_again(server: Server) -> None:
+    with reader(server, kind=FolderFile, depth=1) as source:
+        assert read(source, SECTOR) == CONTENT[512:1024]
+        assert read(source, SECTOR) == CONTENT[512:1024]
+    whole = f"bytes=0-{len(CONTENT) - 1}"
+    assert [headers["Range"] for _, headers in server.requests] == [whole, "bytes=512-1023", "bytes=512-1023"]
+
+
+@pytest.mark.parametrize(("most", "begun"), [(len(CONTENT) - 1, False), (len(CONTENT), True)])
+def test_a_file_that_is_large_or_here_in_part_is_tried_by_a_sector(
+    server: Server, monkeypatch: pytest.MonkeyPatch, most: int, begun: bool
+) -> None:
+    monkeypatch.setattr(folder, "REQUEST_BYTES", most)
+    with reader(server, kind=FolderFile, begun=begun):
+        assert [headers["Range"] for _, headers in server.requests] == ["bytes=0-511"]
+
+
+def test_a_small_file_that_is_cut_comes_through(server: Server, tmp_path: Path) -> None:
+    server.script.append(cut)
+    with reader(server, kind=FolderFile) as source:
+        copy_to(tmp_path / "x", source)
+    assert (tmp_path / "x").read_bytes() == CONTENT
+    assert len(server.requests) == 2
 
 
 @pytest.mark.parametrize(
