@@ -103,6 +103,7 @@ def again(
         "fetched": synced.image.bytes_transferred,
         "written": synced.written_bytes,
         "read_here": synced.read_here_bytes,
+        "read_back": synced.read_back_bytes,
     }
 
 
