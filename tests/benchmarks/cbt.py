@@ -1,8 +1,9 @@
 """Syncs of a sparse disk of 100 GiB in which a guest wrote 10,000 scattered blocks of 64 KiB, from the lab.
 
-Goals: fetched ≤ 1.10 × what changed; read of the image here ≤ 5 ×; time ≤ 1.2 × (requests × latency ÷ connections +
-bytes ÷ bandwidth), at 0, 2 and 20 ms a request. Requests are those of the merged plan, one an extent, whatever was
-asked for: with several ranges a request fewer are sent. What is read back counts as read here. Bandwidth and the latency that is there by itself are measured.
+Goals: fetched ≤ 1.10 × what changed; read of the image here, the read-back with it, ≤ 5 ×; time ≤ 1.2 × (requests ×
+latency ÷ connections + bytes ÷ bandwidth), at 0, 2 and 20 ms a request. Requests are those of the merged plan, one an
+extent: of those sent there are fewer, since one may have several ranges. Bandwidth and the latency that is there by
+itself are measured.
 `HYPER2KVM_BENCH_WRITES` makes it shorter.
 """
 
@@ -118,7 +119,8 @@ def judged(case: str, took: dict[str, Any], changed: int, asked: int, latency_s:
     best_s = took["extents"] * latency_s / CONNECTIONS + took["fetched"] / bandwidth
     whole_s = DISK_BYTES / bandwidth
     print(
-        f"{case}: {took['extents']:.0f} extents ({asked} requests) of {latency_s * 1000:.2f} ms over {CONNECTIONS} connections, "
+        f"{case}: {took['extents']:.0f} extents ({asked} requests) of {latency_s * 1000:.2f} ms "
+        f"over {CONNECTIONS} connections, "
         f"{took['fetched'] / MIB:.0f} MiB at {bandwidth / MIB:.0f} MiB/s: at best {best_s:.1f} s, "
         f"and all {DISK_BYTES // GIB} GiB {whole_s:.0f} s\n  {told(took)}"
     )
