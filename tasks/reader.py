@@ -36,6 +36,19 @@ def joined(runs: Iterable[tuple[int, int]], *, size: int) -> Iterator[Extent]:
         yield Extent(start=start, length=end - start)
 
 
+def runs_within(extents: Iterable[Extent], *, most: int, most_bytes: int) -> Iterator[list[Extent]]:
+    """Yield extents in their order, up to `most` of them and `most_bytes` at a time; a larger one alone."""
+    run, run_bytes = list[Extent](), 0
+    for extent in extents:
+        if run and (len(run) == most or run_bytes + extent.length > most_bytes):
+            yield run
+            run, run_bytes = [], 0
+        run.append(extent)
+        run_bytes += extent.length
+    if run:
+        yield run
+
+
 class Hole:
     """So many bytes that are known to read as zeros, in place of a buffer that holds them: a slice of one is one."""
 
@@ -110,4 +123,13 @@ class KnowsAllocated(Protocol):
 
     def allocated(self) -> Sequence[Extent]:
         """Return those parts, sorted, none past the end of the disk."""
+        ...
+
+
+@runtime_checkable
+class Scattered(Protocol):
+    """A reader to which many small extents are fewer requests than each of them by itself."""
+
+    def stream_scattered(self, extents: Sequence[Extent]) -> Generator[tuple[int, Buffer], None, None]:
+        """Yield what `stream` yields of each of `extents` (sorted, none touching another), in any order."""
         ...

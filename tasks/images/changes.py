@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from tasks.images.digests import LEAF_BYTES
-from tasks.images.extents import leaf_aligned, leaf_extent, merged, whole_disk, without
+from tasks.images.extents import leaf_aligned, leaf_extent, merged, whole_disk
 from tasks.models import Extent
 
 
@@ -69,10 +69,22 @@ class Changes:
                 found.append(Extent(start=start, length=end - start))
         return merged([*found, *self._doubted_within(window)]) if self._doubtful else found
 
+    def of_all(self, windows: Iterable[Extent]) -> Iterator[Extent]:
+        """Yield what is fetched of several windows (sorted)."""
+        for window in windows:
+            yield from self.within(window)
+
     def kept(self, leaf: int) -> Sequence[Extent]:
         """Return what is not fetched of a leaf."""
         whole = leaf_extent(leaf, size=self.size)
-        return without((whole,), self.within(whole))
+        kept, at = list[Extent](), whole.start
+        for extent in self.within(whole):
+            if extent.start > at:
+                kept.append(Extent(start=at, length=extent.start - at))
+            at = extent.end
+        if at < whole.end:
+            kept.append(Extent(start=at, length=whole.end - at))
+        return kept
 
     def _doubted_within(self, window: Extent) -> list[Extent]:
         leaves = range(window.start // LEAF_BYTES, -(-window.end // LEAF_BYTES))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 from tasks.images.digests import Digests
 from tasks.images.extents import merged
@@ -37,7 +37,7 @@ class Checkpoints:
         digests: Digests,
         journal: Durable | None,
         *,
-        pool: Pool[Extent],
+        pool: Pool[Any],
         every_bytes: int = EVERY_BYTES,
     ) -> None:
         self._writer, self._digests, self._journal, self._pool = writer, digests, journal, pool

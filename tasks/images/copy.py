@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import groupby
+from typing import Protocol, runtime_checkable
 
 from pydantic import Field
 from tenacity import (
@@ -31,7 +32,8 @@ from tasks.images.pool import Pool
 from tasks.images.writer import Writer
 from tasks.models import Extent, Value
 from tasks.rate import Rate
-from tasks.reader import Hole, Reader, TransientFault
+from tasks.reader import Buffer as Streamed
+from tasks.reader import Hole, Reader, TransientFault, runs_within
 
 CLUSTER_BYTES = 64 * 1024  # of a qcow2, where nothing else is said: what a target has or has not
 
@@ -51,6 +53,17 @@ class Limits(Value):
     first_wait_s: float = 0.5
     longest_wait_s: float = 30.0
     checkpoint_bytes: int = EVERY_BYTES
+
+
+@runtime_checkable
+class InBatches(Protocol):
+    """A reader that is better asked for several extents than for one: a thread takes up to `batch` of them at once."""
+
+    batch: int
+
+    def stream_batch(self, extents: Sequence[Extent]) -> Generator[tuple[int, Streamed], None, None]:
+        """Yield what `stream` yields of each of `extents` (whole leaves, sorted), in any order."""
+        ...
 
 
 class CopyResult(Value):
@@ -116,21 +129,23 @@ class _Copy:
         self.received = self.covered = self.written = 0
         self._reader, self._writer, self._digests, self._limits = reader, writer, digests, limits
         self._progress, self._rate = progress, rate
-        self._pool: Pool[Extent] = Pool(stop=stop, interrupt=reader.interrupt)
+        self._pool: Pool[list[Extent]] = Pool(stop=stop, interrupt=reader.interrupt)
         self._checkpoints = Checkpoints(writer, digests, journal, pool=self._pool, every_bytes=limits.checkpoint_bytes)
         self._lock, self._spare = threading.Lock(), list[memoryview]()
 
     def fetch_all(self, planned: tuple[Extent, ...]) -> None:
         threads = min(self._reader.depth, self._limits.threads)
-        work = pieces(planned, self._reader.preferred_extent_bytes)
+        batch = self._reader.batch if isinstance(self._reader, InBatches) else 1
+        step = self._reader.preferred_extent_bytes
+        work = runs_within(pieces(planned, step), most=batch, most_bytes=step)
         self._pool.run(work, [self._fetch] * threads, meanwhile=self._checkpoints.take_if_due)
         wanted = sum(extent.length for extent in planned)
         if self.covered != wanted:
             raise self._mismatch(f"{self.covered} bytes were copied of {wanted} planned")
         self._checkpoints.take()
 
-    def _fetch(self, extent: Extent) -> None:
-        piece = Piece(extent, self._spare)
+    def _fetch(self, extents: Sequence[Extent]) -> None:
+        piece = Piece(extents, self._spare)
         try:
             self._retrying(piece)(self._attempt, piece)
         except TransientFault as fault:
@@ -141,9 +156,9 @@ class _Copy:
             raise self._mismatch(str(error)) from error
 
     def _attempt(self, piece: Piece) -> None:
-        for extent in piece.missing():
+        for each in self._streams(piece.missing()):
             self._pool.check()
-            with closing(self._reader.stream(extent)) as stream:
+            with closing(each) as stream:
                 for offset, buffer in stream:
                     self._pool.check()
                     came = 0 if isinstance(buffer, Hole) else len(buffer)
@@ -154,6 +169,12 @@ class _Copy:
                         self._pool.ended.wait(self._rate.delay(came))
         if piece.left:
             raise Misread(f"the source left out {piece.left} leaves, the first at {piece.first_missing}")
+
+    def _streams(self, extents: Sequence[Extent]) -> Iterator[Generator[tuple[int, Streamed], None, None]]:
+        if isinstance(self._reader, InBatches):
+            yield self._reader.stream_batch(extents)
+        else:
+            yield from map(self._reader.stream, extents)
 
     def _land(self, first: int, content: Buffer | Hole) -> None:
         """Write whole leaves, from number `first` on, with their digests."""

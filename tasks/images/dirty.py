@@ -15,15 +15,15 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from tasks.errors import InvalidInput
+from tasks.errors import DiskFull, InvalidInput
 from tasks.images.extents import leaf_aligned, merged, pieces, whole_disk, without
-from tasks.images.files import sync, write_atomically
+from tasks.images.files import append_durably, sync, write_atomically
 from tasks.images.layout import DiskFiles
 from tasks.images.manifest import MANIFEST, read_manifest
 from tasks.models import FORMAT_VERSION, Extent, Manifest, Value
 
-WINDOW_BYTES = 32 * 1024 * 1024  # of leaves that are told at once, at least; a kill leaves two such windows in doubt
-WINDOWS = 128  # at most, so that a long list is not written too often
+WINDOW_BYTES = 32 * 1024 * 1024  # of leaves that are told at once, at least; a kill leaves a few of them in doubt
+WINDOWS = 1024  # at most: each waits for the disk once
 
 _log = logging.getLogger(__name__)
 
@@ -43,18 +43,42 @@ class Torn(Value):
     done: tuple[Attempt, ...] = ()
 
 
+class _Line(Value):
+    """What a window adds: `(start, length)` of leaves that are about to change, and of those that were done."""
+
+    leaves: tuple[tuple[int, int], ...]
+    done: tuple[tuple[int, int], ...]
+
+
 def torn_of(files: DiskFiles, *, size: int) -> Torn | None:
     """Return what a sync left that did not come to its end, None where none did; all in doubt if that is unreadable."""
     try:
-        found = Torn.model_validate_json(files.dirty.read_bytes())
-        if found.version != FORMAT_VERSION:
-            raise ValueError(f"version {found.version}")
-        return found.model_copy(update={"leaves": leaf_aligned(found.leaves, size=size)})
+        return _read(files.dirty.read_bytes(), size=size)
     except FileNotFoundError:
         return None
     except (ValueError, ValidationError) as error:
         _log.warning("a dirty list is damaged: all is fetched path=%s error=%s", files.dirty, type(error).__name__)
         return Torn(leaves=whole_disk(size))
+
+
+def _read(content: bytes, *, size: int) -> Torn:
+    """Return what a list says. What follows its last end of a line is not of it: nothing was written for that yet."""
+    head, *rest = content.split(b"\n")
+    begun = Torn.model_validate_json(head)
+    if begun.version != FORMAT_VERSION:
+        raise ValueError(f"version {begun.version}")
+    lines = [_Line.model_validate_json(line) for line in rest[:-1]]
+    if lines and not begun.done:
+        raise ValueError("windows of no attempt")
+    told = [Extent(start=start, length=length) for line in lines for start, length in line.leaves]
+    done = [Extent(start=start, length=length) for line in lines for start, length in line.done]
+    doubt = leaf_aligned(without([*begun.leaves, *told], done), size=size)
+    if not lines:
+        return begun.model_copy(update={"leaves": doubt})
+    *earlier, last = begun.done
+    before = [each.model_copy(update={"leaves": without(each.leaves, told)}) for each in earlier]
+    now = last.model_copy(update={"leaves": merged([*last.leaves, *done])})
+    return begun.model_copy(update={"leaves": doubt, "done": (*before, now)})
 
 
 def begin(files: DiskFiles, leaves: Iterable[Extent], done: Iterable[Attempt] = ()) -> None:
@@ -74,7 +98,8 @@ class DirtyList:
     """What a sync is about to change, told window by window, before it does; and what it has done. For several threads.
 
     planned: whole leaves, sorted. at: the changeId of the point that they are brought to. at_once: all of them are in
-    doubt from the beginning. Made, it has said durably that the image is torn.
+    doubt from the beginning. Made, it has said durably that the image is torn. Each window is a line more in the file,
+    so that a long list costs what it is long, and not that again for every window.
     """
 
     def __init__(
@@ -88,41 +113,48 @@ class DirtyList:
         window_bytes: int = WINDOW_BYTES,
     ) -> None:
         self.planned = tuple(planned)
-        self._files, self._before, self._at = files, before, at
-        window_bytes = max(window_bytes, sum(leaf.length for leaf in self.planned) // WINDOWS)
-        self._windows = iter(() if at_once else [*pieces(self.planned, window_bytes)])
-        self._doubt = merged([*before.leaves, *(self.planned if at_once else ())])
-        self._told = self.planned if at_once else ()
-        self._told_up_to = self.planned[-1].end if at_once and self.planned else 0
-        self._window_bytes = window_bytes
-        self._done: tuple[Extent, ...] = ()
+        self.done_before = merged(leaf for each in before.done for leaf in each.leaves)
+        self._path = files.dirty
+        self._window_bytes = max(window_bytes, sum(leaf.length for leaf in self.planned) // WINDOWS)
+        told = self.planned if at_once else ()
+        self._windows = iter(() if at_once else [*pieces(self.planned, self._window_bytes)])
+        self._told_up_to = self._enough_up_to = told[-1].end if told else 0
+        self._done: list[Extent] = []
+        self._failure: OSError | DiskFull | None = None
         self._lock = threading.Lock()
-        self._write()
+        earlier = (each.model_copy(update={"leaves": without(each.leaves, told)}) for each in before.done)
+        begin(files, merged([*before.leaves, *told]), [*earlier, Attempt(at=at)])
 
     @property
     def touched(self) -> tuple[Extent, ...]:
         """The leaves that this sync, or one before it that did not come to its end, changes."""
-        return merged([*self.planned, *(leaf for each in self._before.done for leaf in each.leaves)])
+        return merged([*self.planned, *self.done_before])
 
     def ahead(self, end: int) -> None:
-        """Return once it is durable that all that is planned before byte `end` is about to change. Raises DiskFull."""
-        with self._lock:
-            if end > self._told_up_to:
-                window = self._next_window(end)
-                self._doubt, self._told = merged([*self._doubt, *window]), merged([*self._told, *window])
-                self._write()
-                self._told_up_to = window[-1].end
+        """Return once it is durable that all that is planned before byte `end` is about to change. Raises DiskFull.
+
+        Who comes to the last window that was told tells the next one, while the others go on in that.
+        """
+        if end <= self._enough_up_to or not self._lock.acquire(blocking=end > self._told_up_to):
+            return
+        try:
+            while end > self._enough_up_to:
+                if window := self._next_window(end):
+                    self._append(window)
+                self._enough_up_to = self._told_up_to
+                self._told_up_to = window[-1].end if window else self._told_up_to
+        finally:
+            self._lock.release()
 
     def append(self, extents: Iterable[Extent]) -> None:
         """Take note that leaves and their digests are durable; written with the next window, or by `settle`."""
         with self._lock:
-            new = tuple(extents)
-            self._doubt, self._done = without(self._doubt, new), merged([*self._done, *new])
+            self._done.extend(extents)
 
     def settle(self) -> None:
         """Say durably what was done. Raises DiskFull."""
         with self._lock:
-            self._write()
+            self._append(())
 
     def _next_window(self, end: int) -> list[Extent]:
         window, length = list[Extent](), 0
@@ -133,13 +165,24 @@ class DirtyList:
                 break
         return window
 
-    def _write(self) -> None:
-        earlier = (each.model_copy(update={"leaves": without(each.leaves, self._told)}) for each in self._before.done)
-        begin(self._files, self._doubt, [*earlier, Attempt(at=self._at, leaves=self._done)])
+    def _append(self, window: Iterable[Extent]) -> None:
+        """Write, durably, a line more: `window` is in doubt from now on, and what was done before it is not."""
+        if self._failure:
+            raise self._failure  # what is left of a line would spoil the next one
+        try:
+            append_durably(self._path, json.dumps({"leaves": _pairs(window), "done": _pairs(self._done)}) + "\n")
+        except (OSError, DiskFull) as error:
+            self._failure = error
+            raise
+        self._done.clear()
 
 
 def _told(leaves: Iterable[Extent]) -> list[dict[str, int]]:
     return [{"start": leaf.start, "length": leaf.length} for leaf in leaves]
+
+
+def _pairs(leaves: Iterable[Extent]) -> list[tuple[int, int]]:
+    return [(leaf.start, leaf.length) for leaf in leaves]
 
 
 def forget(folder: Path) -> None:

@@ -22,13 +22,19 @@ def whole_disk(size: int) -> tuple[Extent, ...]:
 
 def merged(extents: Iterable[Extent]) -> tuple[Extent, ...]:
     """Return the same bytes as sorted extents, those that touch or overlap made one."""
+    runs = joined((extent.start, extent.end) for extent in extents)
+    return tuple(Extent(start=start, length=end - start) for start, end in runs)
+
+
+def joined(ends: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return `(start, end)` of runs of bytes, sorted, those that touch or overlap made one."""
     runs: list[tuple[int, int]] = []
-    for start, end in sorted((extent.start, extent.end) for extent in extents):
+    for start, end in sorted(ends):
         if runs and start <= runs[-1][1]:
             runs[-1] = (runs[-1][0], max(end, runs[-1][1]))
         else:
             runs.append((start, end))
-    return tuple(Extent(start=start, length=end - start) for start, end in runs)
+    return runs
 
 
 def leaf_aligned(extents: Iterable[Extent], *, size: int) -> tuple[Extent, ...]:

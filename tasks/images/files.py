@@ -65,6 +65,15 @@ def write_atomically(path: Path, text: str) -> None:
         sync(path.parent)
 
 
+def append_durably(path: Path, text: str) -> None:
+    """Write `text` at the end of a file that is there, durably. A kill, or DiskFull, may leave the beginning of it."""
+    content = memoryview(text.encode())
+    with naming_full_disk(path, need=len(content)), path.open("ab", buffering=0) as file:
+        while content:
+            content = content[file.write(content) :]
+        os.fdatasync(file.fileno())
+
+
 def sync(path: Path) -> None:
     """Return once the file or folder `path` is durable."""
     fd = os.open(path, os.O_RDONLY)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from tasks.images.digests import LEAF_BYTES, Buffer, leaf_count
@@ -15,14 +15,17 @@ class Misread(Exception):
 
 
 class Piece:
-    """A leaf-aligned extent on its way in: which of its leaves are missing, and those that are half there.
+    """Leaf-aligned extents on their way in: which of their leaves are missing, and those that are half there.
 
-    spare: memory of whole leaves, which pieces pass on to each other: fresh memory costs as much as filling it.
+    extents: sorted, at least one. spare: memory of whole leaves, which pieces pass on to each other: fresh memory costs
+    as much as filling it.
     """
 
-    def __init__(self, extent: Extent, spare: list[memoryview] | None = None) -> None:
-        self.extent = extent
-        self._missing = set(range(extent.start // LEAF_BYTES, -(-extent.end // LEAF_BYTES)))
+    def __init__(self, extents: Sequence[Extent], spare: list[memoryview] | None = None) -> None:
+        self._end = extents[-1].end
+        self._missing = {
+            leaf for each in extents for leaf in range(each.start // LEAF_BYTES, -(-each.end // LEAF_BYTES))
+        }
         self._open: dict[int, _OpenLeaf] = {}
         self._spare = [] if spare is None else spare
 
@@ -34,7 +37,7 @@ class Piece:
     @property
     def first_missing(self) -> int:
         """Offset of the first leaf that is not complete."""
-        return min(self._missing, default=self.extent.end // LEAF_BYTES) * LEAF_BYTES
+        return min(self._missing, default=self._end // LEAF_BYTES) * LEAF_BYTES
 
     def missing(self) -> list[Extent]:
         """Forget the leaves that are half there, and return what to ask for: all that is not complete."""
@@ -55,11 +58,11 @@ class Piece:
         """
         while buffer:
             leaf, at = divmod(offset, LEAF_BYTES)
-            length = min(LEAF_BYTES, self.extent.end - leaf * LEAF_BYTES)
+            length = min(LEAF_BYTES, self._end - leaf * LEAF_BYTES)
             whole = self._whole_leaves(offset, len(buffer)) or LEAF_BYTES - at
             part, buffer = buffer[:whole], buffer[whole:]
             leaves = range(leaf, leaf + leaf_count(at + len(part)))
-            if offset + len(part) > self.extent.end or not self._missing.issuperset(leaves):
+            if offset + len(part) > self._end or not self._missing.issuperset(leaves):
                 raise Misread(f"the source gave bytes at {offset} twice, or unasked")
             offset += len(part)
             if len(part) >= length:
@@ -73,7 +76,7 @@ class Piece:
         """Return how many of `length` bytes at `offset` are whole leaves, the extent's last one among them."""
         if offset % LEAF_BYTES:
             return 0
-        return length if offset + length == self.extent.end else length // LEAF_BYTES * LEAF_BYTES
+        return length if offset + length == self._end else length // LEAF_BYTES * LEAF_BYTES
 
     def _put(self, leaf: int, length: int, at: int, part: memoryview | Hole) -> bool:
         if leaf not in self._open:
@@ -97,7 +100,7 @@ class Piece:
             self._spare.append(content)
 
     def _extent_of(self, first: int, last: int) -> Extent:
-        start, end = first * LEAF_BYTES, min((last + 1) * LEAF_BYTES, self.extent.end)
+        start, end = first * LEAF_BYTES, min((last + 1) * LEAF_BYTES, self._end)
         return Extent(start=start, length=end - start)
 
 

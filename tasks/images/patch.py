@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
-from itertools import zip_longest
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Self
 
@@ -18,14 +18,18 @@ from tasks.images.changes import Changes
 from tasks.images.copy import CLUSTER_BYTES, CopyResult, Limits, copy
 from tasks.images.digests import LEAF_BYTES, Buffer, Digests
 from tasks.images.dirty import DirtyList
-from tasks.images.extents import leaf_extent
+from tasks.images.extents import joined, leaf_extent
+from tasks.images.held import Held, Lent
 from tasks.images.writer import Image
+from tasks.images.written import Written
 from tasks.models import Extent
 from tasks.rate import Rate
-from tasks.reader import Hole, Reader
+from tasks.reader import Hole, Reader, Scattered, runs_within
 
 AHEAD = 2  # threads a connection: while one waits for the source, the others read, hash and write here
-HELD_BYTES = 1024 * 1024  # at most this much of a reply is taken whole, so that its connection is free at once
+HELD_BYTES = 4 * 1024 * 1024  # at most this much of changes is taken whole, so that its connection is free at once
+MOST_HELD = 64  # of them
+MOST_SPREAD = 4  # bytes of leaves for a byte of changes, between two checkpoints
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +51,7 @@ def patch(
     digests: Digests,
     todo: DirtyList,
     compare: bool = False,
+    written: Written | None = None,
     limits: Limits | None = None,
     progress: Callable[[int], None] | None = None,
     stop: threading.Event | None = None,
@@ -56,12 +61,15 @@ def patch(
 
     compare: write only what differs from what is here, which costs reading all of that: where it is not known what
     changed. Until the caller says that it counts, image and digests are of no point in time: `todo`, of the leaves of
-    `changes`, says so, ahead of what is written. Raises what `copy` raises.
+    `changes`, says so, ahead of what is written. written: is told what came of the leaves that changed in part. Raises
+    what `copy` raises.
     """
     writer: _Differing | _Fetched = _Differing(image, todo) if compare else _Fetched(image, todo, changes)
     limits = limits or Limits()
-    patched = _Patched(reader, image, changes, digests, connections=min(reader.depth, limits.threads))
-    limits = limits.model_copy(update={"threads": patched.depth})
+    patched = _Patched(reader, image, changes, digests, written, connections=min(reader.depth, limits.threads))
+    spread = min(MOST_SPREAD, sum(leaf.length for leaf in todo.planned) // max(changes.length, 1))
+    every_bytes = limits.checkpoint_bytes * max(spread, 1)  # of leaves, which are so much more than what is written
+    limits = limits.model_copy(update={"threads": patched.depth, "checkpoint_bytes": every_bytes})
     result = copy(
         patched,
         changes.leaves,
@@ -90,14 +98,24 @@ class _Patched:
     connections: how many threads may be at the source at once; `depth` is of those that are at anything.
     """
 
-    def __init__(self, source: Reader, image: Image, changes: Changes, digests: Digests, *, connections: int) -> None:
+    def __init__(
+        self,
+        source: Reader,
+        image: Image,
+        changes: Changes,
+        digests: Digests,
+        written: Written | None,
+        *,
+        connections: int,
+    ) -> None:
         self.size, self.preferred_extent_bytes = source.size, source.preferred_extent_bytes
         self.depth = connections * AHEAD
+        self.batch = min(MOST_HELD, max(1, len(changes.leaves) // (2 * self.depth)))  # something to do for each thread
         self.road, self.road_reason, self.source = source.road, source.road_reason, source.source
         self.fetched_bytes = self.read_here_bytes = 0
-        self._from, self._image, self._changes, self._digests = source, image, changes, digests
+        self._from, self._image, self._changes, self._digests, self._written = source, image, changes, digests, written
         self._lock, self._turns = threading.Lock(), threading.Semaphore(connections)
-        self._spare: list[memoryview] = []
+        self._leaves, self._held = Lent(LEAF_BYTES), Lent(HELD_BYTES)
 
     def __enter__(self) -> Self:
         return self
@@ -107,65 +125,104 @@ class _Patched:
 
     def stream(self, extent: Extent) -> Generator[tuple[int, memoryview | Hole], None, None]:
         """Yield the bytes of `extent`, whole leaves of it. See `tasks.reader.Reader`."""
-        changed = self._changes.within(extent)
-        for each, after in zip_longest(changed, changed[1:]):
-            yield from self._fetched(each)
-            ends_with = after.start // LEAF_BYTES if after else -1
-            for leaf in sorted({each.start // LEAF_BYTES, (each.end - 1) // LEAF_BYTES} - {ends_with}):
-                yield from self._kept(leaf)  # last, so that no connection is held while a leaf is hashed and written
+        yield from self.stream_batch([extent])
+
+    def stream_batch(self, extents: Sequence[Extent]) -> Generator[tuple[int, memoryview | Hole], None, None]:
+        """Yield the bytes of `extents`, whole leaves. See `tasks.images.copy.InBatches`.
+
+        The rest of a leaf comes with the last change of it, when no connection is held any more.
+        """
+        runs = [*runs_within(self._changes.of_all(extents), most=MOST_HELD, most_bytes=HELD_BYTES)]
+        for run, after in zip_longest(runs, runs[1:]):
+            next_leaf = after[0].start // LEAF_BYTES if after else -1
+            if sum(each.length for each in run) > HELD_BYTES:  # a long one, by itself
+                with self._turns:
+                    yield from self._counted(self._from.stream(run[0]))
+                for leaf in sorted({run[0].start // LEAF_BYTES, (run[0].end - 1) // LEAF_BYTES} - {next_leaf}):
+                    yield from self._with_rest(leaf, ())
+            else:
+                with self._held.memory() as memory:
+                    held = self._fetched(run, memory)
+                    for leaf, parts in _by_leaf(held):
+                        yield from parts if leaf == next_leaf else self._with_rest(leaf, parts)
 
     def interrupt(self) -> None:
         self._from.interrupt()
 
-    def _kept(self, leaf: int) -> Generator[tuple[int, memoryview | Hole], None, None]:
-        """Yield what of a leaf did not change: as it is here, or, if that is not what it was, as the source has it."""
+    def _with_rest(
+        self, leaf: int, parts: Sequence[tuple[int, memoryview]]
+    ) -> Generator[tuple[int, memoryview | Hole], None, None]:
+        """Yield `parts` of a leaf, and its rest as it is here, or, if that is not what it was, as the source has it.
+
+        Where the two are all of the leaf, they are one.
+        """
         kept = self._changes.kept(leaf)
         if not kept:
+            yield from parts
             return
         whole = leaf_extent(leaf, size=self.size)
-        with self._memory() as memory:
+        with self._leaves.memory() as memory:
             content = memory[: whole.length]
             self._image.read_into(whole.start, content)
             with self._lock:
                 self.read_here_bytes += whole.length
             if self._digests.record_of(content) == self._digests.get(leaf):
-                for extent in kept:
-                    at = extent.start - whole.start
-                    yield extent.start, content[at : at + extent.length]
+                for start, part in parts:
+                    content[start - whole.start : start - whole.start + len(part)] = part
+                self._note(leaf, parts, whole.length - sum(each.length for each in kept))
+                got = [(start, start + len(part)) for start, part in parts]
+                for start, end in joined([*got, *((each.start, each.end) for each in kept)]):
+                    yield start, content[start - whole.start : end - whole.start]
                 return
         self._changes.doubt(leaf)
-        for extent in kept:
-            yield from self._fetched(extent)
+        yield from parts
+        for run in runs_within(kept, most=1, most_bytes=HELD_BYTES):
+            with self._held.memory() as memory:
+                yield from self._fetched(run, memory)
 
-    @contextmanager
-    def _memory(self) -> Iterator[memoryview]:
-        """Lend a leaf's worth for the block: fresh memory costs as much as what is done with it."""
-        with self._lock:
-            mine = self._spare.pop() if self._spare else memoryview(bytearray(LEAF_BYTES))
-        try:
-            yield mine
-        finally:
-            with self._lock:
-                self._spare.append(mine)
+    def _note(self, leaf: int, parts: Sequence[tuple[int, memoryview]], length: int) -> None:
+        """Keep a record of the parts of a leaf, where they are all `length` bytes that it has of them."""
+        if self._written and sum(len(part) for _, part in parts) == length:
+            content = parts[0][1] if len(parts) == 1 else b"".join(part for _, part in parts)
+            self._written.note(leaf, self._digests.record_of(content))
 
-    def _fetched(self, extent: Extent) -> Generator[tuple[int, memoryview | Hole], None, None]:
-        if extent.length > HELD_BYTES:
-            with self._turns:
-                yield from self._streamed(extent)
-            return
-        held = memoryview(bytearray(extent.length))
+    def _fetched(self, run: Sequence[Extent], memory: memoryview) -> list[tuple[int, memoryview]]:
+        """Return the bytes of `run`, in `memory`: taken at once, so that the connection is free for the next."""
+        held = Held(run, memory)
         with self._turns:
-            for offset, buffer in self._streamed(extent):
-                if isinstance(buffer, memoryview):  # the others are zeros there already
-                    held[offset - extent.start : offset - extent.start + len(buffer)] = buffer
-        yield extent.start, held
+            for stream in self._streams(run):
+                for offset, buffer in self._counted(stream):
+                    held.put(offset, buffer)
+        return held.parts()
 
-    def _streamed(self, extent: Extent) -> Generator[tuple[int, memoryview | Hole], None, None]:
-        with closing(self._from.stream(extent)) as stream:
+    def _streams(self, run: Sequence[Extent]) -> Iterator[Generator[tuple[int, memoryview | Hole], None, None]]:
+        if len(run) > 1 and isinstance(self._from, Scattered):
+            yield self._from.stream_scattered(run)
+        else:
+            yield from map(self._from.stream, run)
+
+    def _counted(
+        self, opened: Generator[tuple[int, memoryview | Hole], None, None]
+    ) -> Generator[tuple[int, memoryview | Hole], None, None]:
+        with closing(opened) as stream:
             for offset, buffer in stream:
                 with self._lock:
                     self.fetched_bytes += len(buffer)
                 yield offset, buffer
+
+
+def _by_leaf(parts: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[int, list[tuple[int, memoryview]]]]:
+    """Yield each leaf that has any of `parts` (sorted) with what it has of them, one that lies in several cut up."""
+
+    def cut() -> Iterator[tuple[int, memoryview]]:
+        for start, content in parts:
+            while content:
+                length = min(len(content), LEAF_BYTES - start % LEAF_BYTES)
+                yield start, content[:length]
+                start, content = start + length, content[length:]
+
+    for leaf, mine in groupby(cut(), key=lambda part: part[0] // LEAF_BYTES):
+        yield leaf, list(mine)
 
 
 class _Writing:

@@ -14,6 +14,7 @@ from tasks.images.digests import Buffer
 from tasks.images.files import naming_full_disk, new_file
 
 ZEROS = bytes(1024 * 1024)
+DIRECT_BYTES = 1024 * 1024
 BLOCK_BYTES = 4096  # what O_DIRECT wants offset, length and memory to be a multiple of, at most
 
 _log = logging.getLogger(__name__)
@@ -55,14 +56,16 @@ class RawWriter:
     def write(self, offset: int, buffer: Buffer) -> None:
         """Write all of `buffer` at `offset`. Raises DiskFull.
 
-        Whole blocks in memory that begins on a page go past the page cache.
+        Whole blocks in memory that begins on a page go past the page cache; but of an image that holds something small
+        ones do not: each would wait for its place in the file, and that costs four times what `flush` takes for many.
         """
         rest = memoryview(buffer)
+        direct = self._direct if self._ahead or len(rest) >= DIRECT_BYTES else None
         with naming_full_disk(self.path, need=len(rest)):
-            if self._direct is not None and not (offset % BLOCK_BYTES or len(rest) % BLOCK_BYTES):
+            if direct is not None and not (offset % BLOCK_BYTES or len(rest) % BLOCK_BYTES):
                 if self._ahead:
                     self._ahead.about_to_write(offset, len(rest))
-                done = _written_past_the_cache(self._direct, rest, offset)
+                done = _written_past_the_cache(direct, rest, offset)
                 rest, offset = rest[done:], offset + done
             while rest:
                 done = os.pwrite(self._fd, rest, offset)
@@ -88,6 +91,8 @@ class RawWriter:
         """Return once everything written is durable."""
         with naming_full_disk(self.path, need=0):
             os.fdatasync(self._fd)
+        if not self._ahead:
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)  # what was read and written here a while ago
 
     def close(self) -> None:
         """Close the file; an error of delayed writing that shows only now is raised."""

@@ -27,7 +27,7 @@ from tasks.images.manifest import write_manifest
 from tasks.images.patch import PatchResult, patch
 from tasks.images.state import discard
 from tasks.images.target import WRITERS
-from tasks.images.verify import verify
+from tasks.images.written import Written, verify_written
 from tasks.models import DiskImage, Extent, Manifest, ReadBack, Value
 from tasks.rate import Rate
 from tasks.reader import Reader
@@ -39,7 +39,10 @@ log = logging.getLogger(__name__)
 
 
 class Synced(Value):
-    """An image as of a later point in time, which does not count yet, and what it took."""
+    """An image as of a later point in time, which does not count yet, and what it took.
+
+    read_here_bytes: of the image, to renew its digests. read_back_bytes: of it, once all was written.
+    """
 
     image: DiskImage
     how: str
@@ -47,6 +50,7 @@ class Synced(Value):
     changed_bytes: int
     written_bytes: int
     read_here_bytes: int
+    read_back_bytes: int
     leaves_in_doubt: int
 
 
@@ -84,6 +88,7 @@ def bring_up_to_date(
         todo = dirty.DirtyList(files, changes.leaves, torn, at=at, at_once=at_once, window_bytes=window_bytes)
         if expect:
             expect(sum(leaf.length for leaf in changes.leaves))
+        written = Written(changes, whole=todo.done_before)
         with WRITERS[form].open(path) as image:
             result = patch(
                 reader,
@@ -91,17 +96,18 @@ def bring_up_to_date(
                 changes,
                 digests=digests,
                 todo=todo,
-                compare=plan.changed is None,
+                compare=at_once,
+                written=written,
                 limits=limits,
                 progress=progress,
                 stop=stop,
                 rate=rate,
             )
         todo.settle()
-        verified: ReadBack = "skipped"
+        read_back: tuple[ReadBack, int] = ("skipped", 0)
         if not skip_readback:
-            verified = verify(path, format=form, digests=digests, extents=todo.touched, stop=stop)
-    return _synced(base, plan, changes, result, verified)
+            read_back = verify_written(path, todo.touched, written, format=form, digests=digests, stop=stop)
+    return _synced(base, plan, changes, result, *read_back)
 
 
 def count(folder: Path, manifest: Manifest, domain_xml: str = "") -> None:
@@ -166,7 +172,9 @@ def _changed_since(since: str, done: Sequence[dirty.Attempt], changed: Changed) 
     return found
 
 
-def _synced(base: Base, plan: Plan, changes: Changes, result: PatchResult, verified: ReadBack) -> Synced:
+def _synced(
+    base: Base, plan: Plan, changes: Changes, result: PatchResult, verified: ReadBack, read_back: int
+) -> Synced:
     now = {
         "change_id": base.disk.change_id,
         "source": base.disk.datastore_path,
@@ -181,5 +189,6 @@ def _synced(base: Base, plan: Plan, changes: Changes, result: PatchResult, verif
         changed_bytes=changes.length,
         written_bytes=result.bytes_written,
         read_here_bytes=result.bytes_read_here,
+        read_back_bytes=read_back,
         leaves_in_doubt=result.leaves_in_doubt,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -37,7 +37,7 @@ def verify(
     progress: called with the bytes done since the last call, holes included. Raises IntegrityMismatch (how many leaves
     differ, and the first), ToolFailed, Stopped. qemu-nbd serves the image, and ends with the thread that calls.
     """
-    bad = _Count()
+    bad = Count()
     road = compare(
         path,
         whole_disk(digests.size) if extents is None else extents,
@@ -48,9 +48,7 @@ def verify(
         stop=stop,
         connections=connections,
     )
-    if bad.leaves:
-        where = f"{bad.leaves} leaves of {LEAF_BYTES} bytes differ, the first at byte {bad.first * LEAF_BYTES}"
-        raise IntegrityMismatch(path=str(path), where=where)
+    bad.raise_if_any(path)
     return road
 
 
@@ -103,18 +101,42 @@ def read_back(
     piece, its records, and how many of its bytes were read: the others are holes. The rest is as for `verify`, which
     rests on this.
     """
+
+    def work(client: NbdClient, piece: Extent, check: Callable[[], None]) -> None:
+        with reading(path, piece, check):
+            records, read_bytes = records_of(client, piece, like.record_of, check)
+        take(piece, records, read_bytes)
+        if progress:
+            progress(piece.length)
+
+    parts = pieces(extents, PIECE_BYTES)
+    return on_clients(path, parts, work, format=format, size=like.size, stop=stop, connections=connections)
+
+
+def on_clients(
+    path: Path,
+    parts: Iterable[Extent],
+    work: Callable[[NbdClient, Extent, Callable[[], None]], None],
+    *,
+    format: ImageFormat,
+    size: int,
+    stop: threading.Event | None = None,
+    connections: int = CONNECTIONS,
+) -> Literal["direct", "cached"]:
+    """Have `work` read each of `parts` of an image of `size` bytes, by several threads; return how that is read.
+
+    work: is given a client, a part, and what to call now and then: it raises where the end has come.
+    """
     direct = takes_direct(path)
     with qemu_nbd(path, format=format, connections=connections) as address, ExitStack() as stack:
         clients = [stack.enter_context(NbdClient(address)) for _ in range(connections)]
-        _check_size(path, clients[0].size, like.size)
+        _check_size(path, clients[0].size, size)
         pool: Pool[Extent] = Pool(stop=stop, interrupt=partial(_interrupt, clients))
 
-        def work(client: NbdClient, piece: Extent) -> None:
-            take(piece, *_read(path, client, piece, like.record_of, pool.check))
-            if progress:
-                progress(piece.length)
+        def worker(client: NbdClient) -> Callable[[Extent], None]:
+            return lambda part: work(client, part, pool.check)
 
-        pool.run(pieces(extents, PIECE_BYTES), [partial(work, client) for client in clients])
+        pool.run(parts, [worker(client) for client in clients])
     return "direct" if direct else "cached"
 
 
@@ -126,7 +148,7 @@ def differing(records: bytes, others: bytes) -> list[int]:
     return [at // RECORD_BYTES for at in starts if records[at : at + RECORD_BYTES] != others[at : at + RECORD_BYTES]]
 
 
-class _Count:
+class Count:
     """How many leaves differ, and the first of them."""
 
     def __init__(self) -> None:
@@ -135,6 +157,12 @@ class _Count:
     def add(self, leaf: int) -> None:
         self.first = min(self.first, leaf) if self.leaves else leaf
         self.leaves += 1
+
+    def raise_if_any(self, path: Path) -> None:
+        """Raise IntegrityMismatch where any was told."""
+        if self.leaves:
+            where = f"{self.leaves} leaves of {LEAF_BYTES} bytes differ, the first at byte {self.first * LEAF_BYTES}"
+            raise IntegrityMismatch(path=str(path), where=where)
 
 
 def _interrupt(clients: Sequence[NbdClient]) -> None:
@@ -148,21 +176,27 @@ def _check_size(path: Path, there: int, wanted: int) -> None:
         raise IntegrityMismatch(path=str(path), where=f"a disk of {there} bytes, not of {wanted}")
 
 
-def _read(
-    path: Path, client: NbdClient, piece: Extent, record_of: Callable[[Buffer], bytes], check: Callable[[], None]
-) -> tuple[bytes, int]:
-    """Return the records of a leaf-aligned piece, and how many of its bytes were read."""
-    first, read_bytes = piece.start // LEAF_BYTES, 0
-    found = bytearray(leaf_count(piece.length) * RECORD_BYTES)
+@contextmanager
+def reading(path: Path, piece: Extent, check: Callable[[], None]) -> Iterator[None]:
+    """Raise IntegrityMismatch where an image cannot be read, unless that is because the end has come."""
     try:
-        for leaf, record, length in _records_in(client, piece, record_of, check):
-            at = (leaf - first) * RECORD_BYTES
-            found[at : at + RECORD_BYTES] = record
-            read_bytes += length
+        yield
     except OSError as error:
         check()
         where = f"reading it back failed near byte {piece.start}: {error}"
         raise IntegrityMismatch(path=str(path), where=where) from error
+
+
+def records_of(
+    client: NbdClient, piece: Extent, record_of: Callable[[Buffer], bytes], check: Callable[[], None]
+) -> tuple[bytes, int]:
+    """Return the records of a leaf-aligned piece, and how many of its bytes were read."""
+    first, read_bytes = piece.start // LEAF_BYTES, 0
+    found = bytearray(leaf_count(piece.length) * RECORD_BYTES)
+    for leaf, record, length in _records_in(client, piece, record_of, check):
+        at = (leaf - first) * RECORD_BYTES
+        found[at : at + RECORD_BYTES] = record
+        read_bytes += length
     return bytes(found), read_bytes
 
 

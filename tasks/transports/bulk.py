@@ -48,11 +48,14 @@ def client(transport: BulkTransport, *, timeout_s: float) -> httpx.Client:
 class Shared:
     """What those share who ask one server: its trust, connections kept alive from one to the next, buffers.
 
-    Safe to use from several threads. Who made it closes it.
+    Safe to use from several threads. Who made it closes it. several_ranges, one_range_each: whether the server was seen
+    to answer several ranges of a file at once, and why it is not asked for that; "" while it may be.
     """
 
     def __init__(self, context: ssl.SSLContext) -> None:
         self.context = context
+        self.several_ranges, self.one_range_each = False, ""
+        self._bodies: list[bytearray] = []
         self._idle: list[tuple[Server, float, BulkStream]] = []
         self._buffers: list[memoryview] = []
         self._lock, self._closed = threading.Lock(), False
@@ -86,6 +89,17 @@ class Shared:
         finally:
             with self._lock:
                 self._buffers.append(mine)
+
+    @contextmanager
+    def body(self, length: int) -> Iterator[bytearray]:
+        """Lend memory for a body of up to `length` bytes for the block: what was lent before, where that is enough."""
+        with self._lock:
+            mine = self._bodies.pop() if self._bodies else bytearray()
+        try:
+            yield mine if len(mine) >= length else (mine := bytearray(length))
+        finally:
+            with self._lock:
+                self._bodies.append(mine)
 
     def close(self) -> None:
         """Close what is idle, and from now on what comes back."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import ssl
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import NamedTuple, NoReturn, Self
 from urllib.parse import quote
@@ -38,7 +38,7 @@ from tasks.errors import (
 )
 from tasks.models import SECTOR_BYTES, Connection, Extent, ServiceTicket, Value, VirtualDisk, VirtualMachine
 from tasks.reader import TransientFault
-from tasks.transports import bulk
+from tasks.transports import bulk, ranges
 from tasks.transports.host import HostRefuses, HostRoad
 
 TIMEOUT_S = 10.0  # of connecting, of a read and of a write: longer than a stun of the VM, shorter than patience
@@ -49,6 +49,7 @@ PROBE_ATTEMPTS = 8  # a busy vCenter answers 503 for seconds, and a run that it 
 PROBE_WAIT_S = 1.0  # doubles, at random
 LONGEST_RETRY_AFTER_S = 30.0
 TRANSIENT = (408, 429, 500, 502, 503, 504)
+PASSING = (401, 403, 404, 408, 429, 502, 503, 504)  # that mean the same, however much is asked for at once
 
 OTHER_ROADS = "The roads vddk and nbd read such a disk (--transport vddk, with VMware's VDDK)"
 UNLOCK = (
@@ -263,6 +264,52 @@ class FolderReader:
         if offset != extent.end:
             raise TransientFault(f"the reply ended at byte {offset} of {extent.end}")
 
+    def stream_scattered(self, extents: Sequence[Extent]) -> Generator[tuple[int, memoryview], None, None]:
+        """Yield the bytes of `extents` in order, many by one request where the server does that. Raises as `stream`."""
+        assert self._shared
+        for group in ranges.groups(extents):
+            if len(group) > 1 and not self._shared.one_range_each:
+                try:
+                    yield from self._parts(group)
+                    continue
+                except ranges.OneEach as refusal:
+                    self._ask_one_by_one(str(refusal))
+            for extent in group:
+                yield from self.stream(extent)
+
+    def _parts(self, extents: Sequence[Extent]) -> Iterator[tuple[int, memoryview]]:
+        """Yield the bytes of `extents` by one request. Raises ranges.OneEach, before anything is yielded."""
+        assert self._shared
+        with self._errors(), self._shared.body(ranges.body_bytes(extents)) as body:
+            with self._get(ranges.asked(extents), refuse=self._refuse_several) as response:
+                boundary = _boundary(response)
+                length, failure = _fill(memoryview(body), response)
+            if failure:
+                raise failure
+            if length == len(body):
+                raise ranges.OneEach("it sends more than the ranges that it was asked for")
+            try:
+                parts = ranges.parts_of(body, length, boundary, extents, size=self.size)
+            except ranges.FalseParts as error:
+                raise self._disk.unfit(str(error)) from error
+            self._shared.several_ranges = True
+            yield from parts
+
+    def _refuse_several(self, response: httpx.Response) -> None:
+        """Raise OneEach for what a server that does not do several ranges may answer, until it has once done it."""
+        assert self._shared
+        status = response.status_code
+        if not self._shared.several_ranges and status >= httpx.codes.BAD_REQUEST and status not in PASSING:
+            raise ranges.OneEach(f"it answers several ranges with status {status}")
+        self._refuse(response)
+
+    def _ask_one_by_one(self, reason: str) -> None:
+        assert self._shared
+        if not self._shared.one_range_each:
+            self._shared.one_range_each = reason
+            _log.warning("one range a request from now on source=%r reason=%r", self.source, reason)
+        self.road_reason = f"{self.road_reason}; one range a request: {reason}"
+
     def _look_for_host(self) -> None:
         """Find out whether the host itself can be asked, if the file is worth it; plan for few large requests then."""
         if not self._acquire or not self._disk.host_name:
@@ -290,7 +337,7 @@ class FolderReader:
             except HostRefuses as refusal:
                 _log.warning("the host is left for the vCenter source=%r reason=%r", self.source, str(refusal))
                 self._by_cookie(str(refusal))
-        return stack.enter_context(self._get(extent))
+        return stack.enter_context(self._get(ranges.asked([extent]), refuse=self._refuse))
 
     def _probe(self) -> None:
         """Ask for the first bytes. A busy server is asked a few times; a file that no request opens is named."""
@@ -328,17 +375,17 @@ class FolderReader:
         return None
 
     @contextmanager
-    def _get(self, extent: Extent) -> Iterator[httpx.Response]:
-        """Send the request, with a new session where the old one has died; yield the reply that is no refusal."""
+    def _get(self, asked: str, *, refuse: Callable[[httpx.Response], None]) -> Iterator[httpx.Response]:
+        """Send the request, with a new session where the old one has died; yield the reply that `refuse` lets pass."""
         cookie = self._cookie()
-        with self._send(extent, cookie) as response:
+        with self._send(asked, cookie) as response:
             if response.status_code != httpx.codes.UNAUTHORIZED:
-                self._refuse(response)
+                refuse(response)
                 yield response
                 return
         fresh = self._fresh(cookie)
-        with self._send(extent, fresh) as response:
-            self._refuse(response)
+        with self._send(asked, fresh) as response:
+            refuse(response)
             yield response
 
     def _fresh(self, stale: str) -> str:
@@ -350,9 +397,9 @@ class FolderReader:
             raise SessionExpired(host=self._disk.connection.address) from error
 
     @contextmanager
-    def _send(self, extent: Extent, cookie: str) -> Iterator[httpx.Response]:
+    def _send(self, asked: str, cookie: str) -> Iterator[httpx.Response]:
         headers = {
-            "Range": f"bytes={extent.start}-{extent.end - 1}",
+            "Range": asked,
             "Cookie": cookie.partition(";")[0].strip(),
             "Accept-Encoding": "identity",
         }
@@ -417,6 +464,15 @@ def _fill(view: memoryview, response: httpx.Response) -> tuple[int, httpx.Transp
     except httpx.TransportError as error:
         return filled, error
     return filled, None
+
+
+def _boundary(response: httpx.Response) -> bytes:
+    """Return what is between the parts of a reply. Raises OneEach for another reply than one of parts."""
+    if response.status_code != httpx.codes.PARTIAL_CONTENT:
+        raise ranges.OneEach(f"it answers several ranges with status {response.status_code}")
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise ranges.OneEach(f"it encodes several ranges ({response.headers['Content-Encoding']})")
+    return ranges.boundary_of(response.headers.get("Content-Type", ""))
 
 
 def _check_range(response: httpx.Response, disk: FolderDisk, extent: Extent) -> None:

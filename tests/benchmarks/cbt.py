@@ -1,7 +1,9 @@
 """Syncs of a sparse disk of 100 GiB in which a guest wrote 10,000 scattered blocks of 64 KiB, from the lab.
 
-Goals: fetched ≤ 1.10 × what changed; read of the image here ≤ 5 ×; time ≤ 1.2 × (requests × latency ÷ connections +
-bytes ÷ bandwidth), at 0, 2 and 20 ms a request. Bandwidth and the latency that is there by itself are measured.
+Goals: fetched ≤ 1.10 × what changed; read of the image here, the read-back with it, ≤ 5 ×; time ≤ 1.2 × (requests ×
+latency ÷ connections + bytes ÷ bandwidth), at 0, 2 and 20 ms a request. Requests are those of the merged plan, one an
+extent: of those sent there are fewer, since one may have several ranges. Bandwidth and the latency that is there by
+itself are measured.
 `HYPER2KVM_BENCH_WRITES` makes it shorter.
 """
 
@@ -52,7 +54,7 @@ def main() -> None:
             lab.post("/stats/reset")
             took = sync(lab, folder)
             rows += judged(f"{latency_ms} ms", took, changed, requests(lab), latency_s, bandwidth)
-    write("cbt", rows)
+            write("cbt", rows)  # as they come: a time-out loses none
 
 
 def guest_writes(lab: Lab, chance: random.Random) -> int:
@@ -114,16 +116,25 @@ def seconds_a_request(lab: Lab) -> float:
 
 def judged(case: str, took: dict[str, Any], changed: int, asked: int, latency_s: float, bandwidth: float) -> list[Row]:
     """Print what a sync took beside what it could at best; return its rows."""
-    best_s = asked * latency_s / CONNECTIONS + took["fetched"] / bandwidth
+    best_s = took["extents"] * latency_s / CONNECTIONS + took["fetched"] / bandwidth
     whole_s = DISK_BYTES / bandwidth
     print(
-        f"{case}: {asked} requests of {latency_s * 1000:.2f} ms over {CONNECTIONS} connections, "
+        f"{case}: {took['extents']:.0f} extents ({asked} requests) of {latency_s * 1000:.2f} ms "
+        f"over {CONNECTIONS} connections, "
         f"{took['fetched'] / MIB:.0f} MiB at {bandwidth / MIB:.0f} MiB/s: at best {best_s:.1f} s, "
         f"and all {DISK_BYTES // GIB} GiB {whole_s:.0f} s\n  {told(took)}"
     )
     return [
         row(case, "fetched : changed", "MiB", took["fetched"] / MIB, changed / MIB, FETCHED_GOAL, at_least=False),
-        row(case, "read here : changed", "MiB", took["read_here"] / MIB, changed / MIB, READ_GOAL, at_least=False),
+        row(
+            case,
+            "read here : changed",
+            "MiB",
+            (took["read_here"] + took["read_back"]) / MIB,
+            changed / MIB,
+            READ_GOAL,
+            at_least=False,
+        ),
         row(case, "time : at best", "s", took["fetching_s"], best_s, TIME_GOAL, at_least=False),
         row(case, "all of it : a full copy", "s", took["seconds"], whole_s, 1.0, at_least=False),
     ]

@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tasks.images.base import Base
+from tasks.images.base import GAP_BYTES, Base
+from tasks.images.changes import closed_up
 from tasks.images.copy import Limits, copy
 from tasks.images.digests import Digests
 from tasks.images.extents import leaf_aligned
@@ -94,15 +95,23 @@ def first_copy(reader: FolderReader, disk: VirtualDisk, folder: Path, allocated:
 def again(
     reader: FolderReader, base: Base, folder: Path, changed: Callable[[str], tuple[Extent, ...]]
 ) -> dict[str, Any]:
-    """Sync, read back, have it count; return what that took."""
-    synced, took = timed(lambda: bring_up_to_date(reader, base, folder, changed, limits=Limits(threads=reader.depth)))
+    """Sync, read back, have it count; return what that took. extents: of the merged plan."""
+    told = list[Extent]()
+
+    def noted(since: str) -> tuple[Extent, ...]:
+        told.extend(changed(since))
+        return tuple(told)
+
+    synced, took = timed(lambda: bring_up_to_date(reader, base, folder, noted, limits=Limits(threads=reader.depth)))
     count(folder, read_manifest(folder).model_copy(update={"disks": (synced.image,)}))
     return took | {
         "how": synced.how,
+        "extents": float(len(closed_up(told, gap_bytes=GAP_BYTES))),
         "fetching_s": synced.image.seconds,
         "fetched": synced.image.bytes_transferred,
         "written": synced.written_bytes,
         "read_here": synced.read_here_bytes,
+        "read_back": synced.read_back_bytes,
     }
 
 

@@ -261,7 +261,7 @@ async def test_what_is_not_the_same_vm_or_not_the_same_disks_is_refused_by_name(
 
 POINTS = {
     "snapshot taken, nothing changed here": "tasks.images.dirty:begin:before",
-    "torn: written, not read back": "tasks.images.sync:verify:before",
+    "torn: written, not read back": "tasks.images.sync:verify_written:before",
     "all disks durable, before the manifest": "tasks.images.sync:write_manifest:before",
     "after the manifest, the snapshot still there": "tasks.images.sync:write_manifest:after",
 }
@@ -285,7 +285,7 @@ async def test_killed_there_the_next_run_brings_the_copy_up_to_now(lab, tmp_path
         assert died.returncode == -9, (moment, died.stderr)
         assert lab.stats()["open_snapshots"] == 1, moment
         lab.post("/faults", clear=True, expire_sessions=True)
-        if point.startswith("tasks.images.sync:verify"):
+        if point.startswith("tasks.images.sync:verify_written"):
             await clean_up_after(lab, folder)
             assert lab.stats()["open_snapshots"] == 0
             with pytest.raises(errors.InvalidInput, match="no point in time"):

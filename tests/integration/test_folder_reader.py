@@ -148,3 +148,20 @@ def test_one_sector_is_all_that_entering_reads(lab: Lab) -> None:
         with reading(lab) as reader:
             assert lab.stats()["bytes_served"] - before == 512
             assert sum(len(buffer) for _, buffer in reader.stream(Extent(start=MIB, length=MIB))) == MIB
+
+
+@pytest.mark.parametrize("fault", ["", "first", "whole", "refused", "broken", "joined"])
+def test_scattered_extents_come_whatever_a_server_makes_of_several_ranges(lab: Lab, tmp_path: Path, fault: str) -> None:
+    scattered = [Extent(start=start, length=64 * 1024) for start in range(0, 3 * MIB, 128 * 1024)]
+    with snapshot(lab, lab.vm("demo")), reading(lab) as reader:
+        whole = {start: bytes(part) for each in scattered for start, part in reader.stream(each)}
+        lab.post("/faults", **({"several_ranges": fault} if fault else {}))
+        before = sum(lab.stats()["http_requests"].values())
+        try:
+            found = {start: bytes(part) for start, part in reader.stream_scattered(scattered)}
+        finally:
+            lab.post("/faults", clear=True)
+        asked = sum(lab.stats()["http_requests"].values()) - before
+    assert found == whole
+    assert asked == (1 + len(scattered) if fault else 1)
+    assert ("one range a request" in reader.road_reason) == bool(fault)

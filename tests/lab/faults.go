@@ -6,6 +6,8 @@
 //	{"cut_after": 65536, "count": 2}       the next 2 GET replies with more disk data than that are cut there
 //	{"stall_s": 5, "count": 1}             the next GET reply with more than 4096 bytes of disk data hangs after these
 //	{"folder_latency_s": 0.02}             every /folder reply begins that much later; 0 ends it
+//	{"several_ranges": "first"}            until cleared, what /folder makes of a GET of several ranges: first (only that
+//	                                       one), whole (200 and the file), refused (416), broken (500), joined (one part)
 //	{"throttle_bytes_per_s": 1048576}      each body with disk data is served at that pace; 0 ends it
 //	{"fail_method": {"method": "CreateSnapshot_Task", "fault": "InsufficientResourcesFault", "count": 1,
 //	                 "in_task": true, "message": "…", "detail": {…}}}
@@ -63,6 +65,7 @@ type faultRequest struct {
 	TaskTakes       *delayMethod `json:"task_takes"`
 	RefusePrivilege string       `json:"refuse_privilege"`
 	Hosts           string       `json:"hosts"`
+	SeveralRanges   string       `json:"several_ranges"`
 	CBT             *cbtTrouble  `json:"cbt"`
 	ResetCBT        bool         `json:"reset_cbt"`
 	LeaseLie        string       `json:"lease_lie"`
@@ -161,6 +164,7 @@ type faults struct {
 	lengths    []*delay // of tasks
 	refused    map[string]bool
 	hosts      string
+	several    string
 	cbt        cbtTrouble
 	lie        countdown
 	lieName    string
@@ -210,6 +214,9 @@ func (f *faults) set(r faultRequest) error {
 	if r.Hosts != "" {
 		f.hosts = r.Hosts
 	}
+	if r.SeveralRanges != "" {
+		f.several = r.SeveralRanges
+	}
 	if r.CBT != nil {
 		f.cbt = *r.CBT
 	}
@@ -227,7 +234,7 @@ func (f *faults) set(r faultRequest) error {
 }
 
 func (f *faults) clear() {
-	f.noLogin, f.throttle, f.latencyS, f.hosts, f.cbt = false, 0, 0, "", cbtTrouble{}
+	f.noLogin, f.throttle, f.latencyS, f.hosts, f.several, f.cbt = false, 0, 0, "", "", cbtTrouble{}
 	f.folder503, f.cut, f.stall, f.merge, f.lie = countdown{}, countdown{}, countdown{}, countdown{}, countdown{}
 	f.refused, f.taskFaults = map[string]bool{}, nil
 	f.delays, f.lengths, f.listAs = nil, nil, nil
@@ -241,6 +248,9 @@ func (f *faults) check(r faultRequest) (types.BaseMethodFault, error) {
 	}
 	if r.Hosts != "" && !slices.Contains([]string{"down", "strange", "unnamed", "busy"}, r.Hosts) {
 		return nil, fmt.Errorf("hosts: no trouble %q here", r.Hosts)
+	}
+	if r.SeveralRanges != "" && !slices.Contains(severalRanges, r.SeveralRanges) {
+		return nil, fmt.Errorf("several_ranges: no answer %q here", r.SeveralRanges)
 	}
 	if err := r.CBT.check(); err != nil {
 		return nil, err

@@ -90,6 +90,9 @@ func (l *lab) serveFolder(w http.ResponseWriter, r *http.Request, next http.Hand
 	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
 	meter.disk = isExtent(file) && r.Method == http.MethodGet
 	refused := l.faults.onFolder(r)
+	if refused == 0 {
+		refused = l.faults.onSeveralRanges(r)
+	}
 	switch {
 	case refused != 0:
 		http.Error(meter, http.StatusText(refused), refused)

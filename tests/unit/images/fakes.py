@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -75,6 +75,10 @@ class FakeReader:
                 buffer[: len(part)] = part
                 yield offset, memoryview(buffer)[: len(part)]
                 buffer[:] = b"\xee" * self.chunk  # a buffer is good only until the next is asked for
+
+    def stream_scattered(self, extents: Sequence[Extent]) -> Generator[tuple[int, memoryview], None, None]:
+        for extent in random.Random(len(extents)).sample(extents, len(extents)) if self.shuffled else extents:
+            yield from self.stream(extent)
 
     def interrupt(self) -> None:
         self.interrupted.set()

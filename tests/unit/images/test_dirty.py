@@ -99,3 +99,45 @@ def test_a_list_of_leaves_alone_and_one_that_is_damaged_are_understood(tmp_path:
     for text in ("{", '{"version": 9, "leaves": []}', '{"version": 1, "done": 7}'):
         files.dirty.write_text(text)
         assert torn_of(files, size=SIZE) == Torn(leaves=whole_disk(SIZE))
+
+
+def test_a_line_that_a_kill_or_a_full_disk_cut_short_is_of_no_leaf(tmp_path: Path) -> None:
+    files = DiskFiles(tmp_path, 0)
+    todo = DirtyList(files, [leaf(1), leaf(3), leaf(5)], Torn(), at="52 aa/3", at_once=False, window_bytes=LEAF_BYTES)
+    begun = len(files.dirty.read_bytes())
+    todo.ahead(leaf(1).end)  # tells the next one too
+    whole = files.dirty.read_bytes()
+    first, second = (line + b"\n" for line in whole[begun:].splitlines())
+    for length in range(len(second)):
+        files.dirty.write_bytes(whole[: begun + len(first) + length])
+        told = torn_of(files, size=SIZE)
+        assert told
+        assert told.leaves == (leaf(1),)
+    for damaged in (whole.replace(b'"done"', b'"dome"'), whole[:begun] + b"\0\0\n" + second):
+        files.dirty.write_bytes(damaged)
+        assert torn_of(files, size=SIZE) == Torn(leaves=whole_disk(SIZE))
+
+
+def test_a_long_list_is_written_once_and_not_once_a_window(tmp_path: Path) -> None:
+    files, size = DiskFiles(tmp_path, 0), 2000 * LEAF_BYTES
+    planned = [leaf(number) for number in range(0, 2000, 2)]
+    todo = DirtyList(files, planned, Torn(), at="52 aa/3", at_once=False, window_bytes=8 * LEAF_BYTES)
+    written = before = 0
+    for each in planned:
+        todo.ahead(each.end)
+        todo.append([each])
+        grown = files.dirty.stat().st_size
+        written, before = written + (grown - before), grown
+    todo.settle()
+    assert torn_of(files, size=size) == Torn(done=(Attempt(at="52 aa/3", leaves=tuple(planned)),))
+    assert written < 100 * len(planned)
+
+
+def test_after_a_full_disk_no_window_more_is_told(tmp_path: Path) -> None:
+    files = DiskFiles(tmp_path, 0)
+    todo = DirtyList(files, [leaf(1), leaf(3)], Torn(), at="52 aa/3", at_once=False, window_bytes=LEAF_BYTES)
+    files.dirty.unlink()
+    files.dirty.mkdir()  # nothing can be appended to that
+    for end in (leaf(1).end, leaf(1).end):
+        with pytest.raises(IsADirectoryError):
+            todo.ahead(end)

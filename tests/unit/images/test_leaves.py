@@ -27,7 +27,7 @@ def test_leaves_come_whole_and_once_from_cuts_in_any_order(data: st.DataObject) 
     inner = data.draw(st.lists(st.integers(1, len(CONTENT) - 1), max_size=12, unique=True))
     marks = [0, *sorted(inner), len(CONTENT)]
     cuts = data.draw(st.permutations(list(pairwise(marks))))
-    piece = Piece(WHOLE)
+    piece = Piece([WHOLE])
     whole = take_all(piece, cuts)
     assert b"".join(whole[leaf] for leaf in sorted(whole)) == CONTENT
     assert piece.left == 0
@@ -36,13 +36,13 @@ def test_leaves_come_whole_and_once_from_cuts_in_any_order(data: st.DataObject) 
 
 def test_a_leaf_that_lies_whole_in_a_buffer_is_not_copied() -> None:
     buffer = memoryview(CONTENT)[:LEAF_BYTES]
-    ((_, content),) = Piece(WHOLE).take(0, buffer)
+    ((_, content),) = Piece([WHOLE]).take(0, buffer)
     assert isinstance(content, memoryview)
     assert content.obj is buffer.obj
 
 
 def test_only_what_is_not_complete_is_missing_and_half_a_leaf_is_forgotten() -> None:
-    piece = Piece(WHOLE)
+    piece = Piece([WHOLE])
     take_all(piece, [(LEAF_BYTES, 2 * LEAF_BYTES + 100)])
     assert piece.missing() == [
         Extent(start=0, length=LEAF_BYTES),
@@ -65,16 +65,16 @@ def test_only_what_is_not_complete_is_missing_and_half_a_leaf_is_forgotten() -> 
 )
 def test_bytes_that_come_twice_are_a_misread(cuts: list[tuple[int, int]]) -> None:
     with pytest.raises(Misread, match="twice"):
-        take_all(Piece(WHOLE), cuts)
+        take_all(Piece([WHOLE]), cuts)
 
 
 @pytest.mark.parametrize("offset", [0, 2 * LEAF_BYTES, 3 * LEAF_BYTES])
 def test_bytes_that_nobody_asked_for_are_a_misread(offset: int) -> None:
-    piece = Piece(Extent(start=LEAF_BYTES, length=LEAF_BYTES))
+    piece = Piece([Extent(start=LEAF_BYTES, length=LEAF_BYTES)])
     with pytest.raises(Misread, match="unasked"):
         list(piece.take(offset, memoryview(CONTENT)[offset : offset + 512]))
 
 
 def test_bytes_past_the_end_of_the_last_leaf_are_a_misread() -> None:
     with pytest.raises(Misread, match="unasked"):
-        list(Piece(WHOLE).take(len(CONTENT) - 512, memoryview(bytes(1024))))
+        list(Piece([WHOLE]).take(len(CONTENT) - 512, memoryview(bytes(1024))))

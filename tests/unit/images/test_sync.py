@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from tasks.errors import ChangeIdInvalid, InvalidInput
+from tasks.errors import ChangeIdInvalid, IntegrityMismatch, InvalidInput
 from tasks.images.base import Base
 from tasks.images.copy import Limits, copy
 from tasks.images.digests import LEAF_BYTES, Digests, record_of
-from tasks.images.dirty import begin, refuse_torn
+from tasks.images.dirty import DirtyList, begin, refuse_torn, torn_of
 from tasks.images.extents import merged, whole_disk
 from tasks.images.layout import DiskFiles
 from tasks.images.manifest import read_manifest, write_manifest
@@ -359,6 +359,69 @@ def test_what_a_killed_sync_fetched_is_not_fetched_again(tmp_path: Path) -> None
         assert_counts(folder, source)
     assert again[0] == 7 * BLOCK  # killed before it began
     assert again[-3:] == [BLOCK, BLOCK, BLOCK]  # killed when all was durable: what changed since, and no more
+
+
+def corrupt(path: Path, form: str, offset: int) -> None:
+    """Change bytes of an image behind everyone's back."""
+    if form == "raw":
+        with path.open("r+b") as image:
+            image.seek(offset)
+            image.write(b"not what was sent")
+    else:
+        subprocess.run(["qemu-io", "-f", form, "-c", f"write -P 0x77 {offset} 512", str(path)], check=True)
+
+
+@pytest.mark.parametrize("place", [3 * BLOCK, LEAF_BYTES * 2], ids=["a part of a leaf", "a whole leaf"])
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+def test_a_write_that_did_not_land_is_found_by_reading_back_what_was_written(
+    tmp_path: Path, form: ArrivalFormat, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Source()
+    make_copy(tmp_path, source, form)
+    source.write(3 * BLOCK, b"x" * BLOCK)
+    source.write(LEAF_BYTES * 2, b"y" * LEAF_BYTES)
+
+    settled = DirtyList.settle
+
+    def ruin(todo: DirtyList) -> None:  # the image is closed by then
+        settled(todo)
+        corrupt(tmp_path / f"disk-0.{form}", form, place)
+
+    monkeypatch.setattr(DirtyList, "settle", ruin)
+    change_id = source.point()
+    with pytest.raises(
+        IntegrityMismatch, match=f"1 leaves .* differ, the first at byte {place // LEAF_BYTES * LEAF_BYTES}"
+    ):
+        sync(tmp_path, source, change_id)
+    with pytest.raises(InvalidInput, match="no point in time"):
+        refuse_torn(tmp_path)
+
+
+def test_what_is_read_back_is_what_was_written_and_no_more(tmp_path: Path) -> None:
+    source = Source()
+    make_copy(tmp_path, source)
+    source.write(BLOCK, b"x")
+    source.write(LEAF_BYTES * 4 + BLOCK, b"y" * 2 * BLOCK)
+    synced = sync(tmp_path, source, source.point())
+    assert synced.read_back_bytes == synced.written_bytes == synced.changed_bytes == 3 * BLOCK
+    assert synced.read_here_bytes == 2 * LEAF_BYTES
+
+
+def test_what_a_killed_sync_wrote_and_did_not_read_back_is_read_back_by_the_next(tmp_path: Path) -> None:
+    source = Source()
+    make_copy(tmp_path, source)
+    source.write(BLOCK, b"x" * BLOCK)
+    change_id = source.point()
+    deaths = 0
+    while killed(partial(sync, tmp_path, source, change_id, skip_readback=True), before=deaths + 1):
+        deaths += 1
+        torn = torn_of(DiskFiles(tmp_path, 0), size=SIZE)
+        if torn and torn.done and torn.done[-1].leaves:
+            break
+    corrupt(tmp_path / "disk-0.raw", "raw", BLOCK)
+    source.write(5 * LEAF_BYTES, b"later")
+    with pytest.raises(IntegrityMismatch, match="the first at byte 0"):
+        sync(tmp_path, source, source.point())
 
 
 STEPS = st.lists(

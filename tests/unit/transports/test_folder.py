@@ -104,6 +104,15 @@ def says(status: int, **headers: str) -> object:
     return lambda handler: handler.status(status, **headers)
 
 
+APART = [Extent(start=start, length=700) for start in range(0, 100_000, 1000)]
+
+
+def read_apart(source: FolderReader) -> bool:
+    """Read scattered extents; tell whether each came, with its bytes."""
+    found = {start: bytes(buffer) for start, buffer in source.stream_scattered(APART)}
+    return found == {each.start: CONTENT[each.start : each.end] for each in APART}
+
+
 # ── what is asked for ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -116,6 +125,70 @@ def test_an_extent_is_one_ranged_request_after_one_sector(server: Server) -> Non
     assert headers["Accept-Encoding"] == "identity"
     assert headers["Cookie"] == COOKIE
     assert server.connections == 1
+
+
+def test_scattered_extents_are_few_requests(server: Server) -> None:
+    with reader(server) as source:
+        assert read_apart(source)
+        assert "one range" not in source.road_reason
+    assert [headers["Range"].count("-") for _, headers in server.requests] == [1, 64, 36]
+    assert server.connections == 1
+
+
+NOT_SEVERAL = {
+    "only the first": lambda handler: handler.partial(0, 700, CONTENT[:700]),
+    "the whole file": lambda handler: handler.status(200, CONTENT),
+    "refused": says(416),
+    "not understood": says(400),
+    "broken by it": says(500),
+    "too long a header": says(431),
+    "joined": lambda handler: handler.parts([(0, 1700), *handler.ranges()[2:]]),
+    "in another order": lambda handler: handler.parts(handler.ranges()[::-1]),
+    "endless": lambda handler: handler.status(
+        206, bytes(300_000), **{"Content-Type": "multipart/byteranges; boundary=x"}
+    ),
+    "some left out": lambda handler: handler.parts(handler.ranges()[1:]),
+}
+
+
+@pytest.mark.parametrize("answer", NOT_SEVERAL.values(), ids=NOT_SEVERAL)
+def test_a_server_that_does_not_do_several_ranges_is_asked_one_by_one_and_nothing_is_lost(
+    server: Server, answer: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    with reader(server) as source:
+        server.script.append(answer)  # type: ignore[arg-type]
+        assert read_apart(source)
+        assert read_apart(source)
+        assert source.road_reason.count("one range a request: it ") == 1
+    asked = [headers["Range"].count("-") for _, headers in server.requests]
+    assert asked == [1, 64, *[1] * (2 * len(APART))]
+    assert caplog.text.count("one range a request from now on") == 1
+
+
+LIES = {
+    "of another file": (lambda handler: handler.parts(handler.ranges(), total=7), "file of 7 bytes"),
+    "unasked": (lambda handler: handler.parts([*handler.ranges()[:-1], (90_000, 90_700)]), "nobody asked for"),
+    "twice": (lambda handler: handler.parts([(0, 700), *handler.ranges()[:-1]]), "0-699 twice"),
+}
+
+
+@pytest.mark.parametrize(("answer", "words"), LIES.values(), ids=LIES)
+def test_a_lying_part_is_named(server: Server, answer: object, words: str) -> None:
+    with reader(server) as source:
+        server.script.append(answer)  # type: ignore[arg-type]
+        with pytest.raises(UnsupportedDisk, match=words):
+            read_apart(source)
+
+
+def test_a_server_that_did_several_ranges_may_be_busy_later(server: Server) -> None:
+    with reader(server) as source:
+        assert read_apart(source)
+        for answer in (says(500), says(503), cut):
+            server.script.append(answer)  # type: ignore[arg-type]
+            with pytest.raises(TransientFault):
+                read_apart(source)
+        assert read_apart(source)
+        assert "one range" not in source.road_reason
 
 
 def test_names_are_quoted_once_and_slashes_of_the_path_kept(server: Server) -> None:
