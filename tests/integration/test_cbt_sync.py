@@ -267,12 +267,10 @@ POINTS = {
 }
 
 
-async def test_killed_there_the_next_run_brings_the_copy_up_to_now(lab, tmp_path, prefect_api):
+async def test_killed_there_the_next_run_brings_the_copy_up_to_now(lab, tmp_path, api):
     """So it is after the hook of a killed run, which removes its snapshot and leaves the copy refused."""
-    from prefect.settings import PREFECT_API_URL
-
     words = ("--vs-vm-name", "tracked", "--output-dir", str(tmp_path))
-    environment = os.environ | lab.environment() | {"PREFECT_API_URL": PREFECT_API_URL.value()}
+    environment = os.environ | lab.environment() | api
     folder = tmp_path / "tracked"
     await sync(lab, tmp_path)
     for moment, point in POINTS.items():

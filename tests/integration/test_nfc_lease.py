@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect.settings import PREFECT_API_URL
 
 from tasks import errors
 from tasks.images.copy import CopyResult, Limits, copy
@@ -412,10 +411,10 @@ async def test_auto_takes_a_lease_where_nothing_else_reads_the_disks(site: Lab, 
 @pytest.mark.anyio
 @pytest.mark.usefixtures("prefect_api")
 async def test_killed_at_random_it_is_gone_on_with_once_the_dead_runs_lease_has_ended(
-    site: Lab, tmp_path: Path
+    site: Lab, tmp_path: Path, api: dict[str, str]
 ) -> None:
     words = ["--vs-vm-name", "on", "--output-dir", str(tmp_path), "--transport", "nfc_lease"]
-    chance, api = random.Random(chance_of_this_run()), {"PREFECT_API_URL": PREFECT_API_URL.value() or ""}
+    chance = random.Random(chance_of_this_run())
     with faults(site, throttle_bytes_per_s=2 * MIB):
         assert kill_after(site, command(site, "export-vm", *words), api, chance.randrange(MIB // 2, 4 * MIB))
     done = run_command(site, "export-vm", *words, env=api)

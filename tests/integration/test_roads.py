@@ -217,10 +217,7 @@ async def test_a_fault_of_a_road_ends_the_run_by_name_and_leaves_nothing(site, e
 
 
 @pytest.mark.parametrize("road", ["nbd", "ssh"])
-def test_killed_at_random_it_is_gone_on_with_from_the_command_line(site, esxi, tmp_path, road):
-    from prefect.settings import PREFECT_API_URL
-
-    api = {"PREFECT_API_URL": PREFECT_API_URL.value()}
+def test_killed_at_random_it_is_gone_on_with_from_the_command_line(site, esxi, tmp_path, road, api):
     where = {
         "nbd": ["--nbd-command", nbd_command(site)],
         "ssh": [

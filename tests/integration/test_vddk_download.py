@@ -44,13 +44,6 @@ def site():
         yield lab
 
 
-@pytest.fixture
-def api():
-    from prefect.settings import PREFECT_API_URL
-
-    return {"PREFECT_API_URL": PREFECT_API_URL.value()}
-
-
 async def test_every_disk_of_a_running_vm_is_the_guests_at_the_snapshot_while_it_writes(site, tmp_path):
     moref = site.vm("web")["moref"]
     for disk in (0, 1):

@@ -176,10 +176,8 @@ POINTS = {
 }
 
 
-def test_killed_there_the_next_run_goes_on_and_a_rollback_still_undoes_all(lab, tmp_path):
-    from prefect.settings import PREFECT_API_URL
-
-    before, api = seen(lab), {"PREFECT_API_URL": PREFECT_API_URL.value()}
+def test_killed_there_the_next_run_goes_on_and_a_rollback_still_undoes_all(lab, tmp_path, api):
+    before = seen(lab)
     words = ["--vs-vm-name", "busy", "--output-dir", str(tmp_path), "--cutover", "auto", "--shut-down-source"]
     words += ["--pause", "0", "--sample", "4", "--expected-shutdown", "1", "--disconnect-source"]
     words += ["--rename-source=-gone"]
