@@ -1,7 +1,7 @@
 """One sync of a VM's first disk as a process: `sync_disk <address> <CA file> <user> <moref> <folder> [<connections>]`.
 
 What the steps of `cbt_sync` do with a disk, snapshot and manifest included, but without Prefect. The password comes
-from VCENTER_PASSWORD. Without a manifest it makes a whole copy of what is allocated. Prints its figures as JSON.
+from VCENTER_PASSWORD. Without a manifest it makes a copy of all of it. Prints its figures as JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tasks.images.base import GAP_BYTES, Base
 from tasks.images.changes import closed_up
 from tasks.images.copy import Limits, copy
 from tasks.images.digests import Digests
-from tasks.images.extents import leaf_aligned
+from tasks.images.extents import whole_disk
 from tasks.images.layout import DiskFiles
 from tasks.images.manifest import MANIFEST, read_manifest, write_manifest
 from tasks.images.raw import RawWriter
@@ -27,7 +27,7 @@ from tasks.images.sync import bring_up_to_date, count
 from tasks.models import Connection, DiskImage, Extent, Manifest, VirtualDisk
 from tasks.road import folder_reader
 from tasks.transports.folder import FolderDisk, FolderReader
-from tasks.vsphere.changes import ALLOCATED, changed_extents
+from tasks.vsphere.changes import changed_extents
 from tasks.vsphere.disks import snapshot_disks
 from tasks.vsphere.machine import describe_vm
 from tasks.vsphere.session import Session, borrow
@@ -55,7 +55,7 @@ def synced(to: Connection, session: Session, moref: str, folder: Path) -> dict[s
         changed = partial(changed_extents, session, vm, snapshot, disk)
         with folder_reader(FolderDisk.of(disk, vm=vm, connection=to), session) as reader:
             if not (folder / MANIFEST).exists():
-                image, took = timed(lambda: first_copy(reader, disk, folder, changed(since=ALLOCATED)))
+                image, took = timed(lambda: first_copy(reader, disk, folder))
                 whole = Manifest(
                     vcenter_uuid="v", vm=vm, snapshot=snapshot, disks=(image,), consistent=True, created="now"
                 )
@@ -67,15 +67,14 @@ def synced(to: Connection, session: Session, moref: str, folder: Path) -> dict[s
         drop_snapshot(session, moref, name=NAME)
 
 
-def first_copy(reader: FolderReader, disk: VirtualDisk, folder: Path, allocated: tuple[Extent, ...]) -> DiskImage:
-    """Return the image of a disk that was copied as far as it is allocated."""
+def first_copy(reader: FolderReader, disk: VirtualDisk, folder: Path) -> DiskImage:
+    """Return the image of a disk that was copied from its beginning to its end, holes and all."""
     files, size = DiskFiles(folder, 0), disk.capacity_bytes
-    extents = leaf_aligned(allocated, size=size)
     with (
         RawWriter.create(files.final("raw"), size=size) as writer,
         Digests.create(files.digests, size=size) as digests,
     ):
-        result = copy(reader, extents, writer, digests=digests, limits=Limits(threads=reader.depth))
+        result = copy(reader, whole_disk(size), writer, digests=digests, limits=Limits(threads=reader.depth))
     return DiskImage(
         index=0,
         disk_key=disk.key,

@@ -21,7 +21,7 @@ from tests.integration.test_scenarios import refused_before_the_first_byte
 from tests.labs import running_lab
 from tests.runs import assert_nothing_left, export, faults
 from tests.unit.images.test_esp import disk
-from tests.unit.test_process import until
+from tests.waits import await_that
 
 pytestmark = [pytest.mark.anyio, pytest.mark.live]
 
@@ -215,7 +215,7 @@ async def test_what_stands_in_a_domains_way_is_found_before_the_first_byte(twins
 async def test_a_source_that_was_started_meanwhile_keeps_its_copy_from_being_defined(twins, tmp_path):
     with faults(twins, throttle_bytes_per_s=200_000):
         copying = asyncio.create_task(export(twins, tmp_path, "off", define=True, libvirt_uri=LIBVIRT))
-        await asyncio.to_thread(until, (tmp_path / "off" / "disk-0.journal").exists, 60)
+        await asyncio.to_thread(await_that, (tmp_path / "off" / "disk-0.journal").exists, 60)
         twins.govc("vm.power", "-on", "off")
         try:
             with pytest.raises(NotDefined, match=r"powered on.*the export itself is complete") as caught:
