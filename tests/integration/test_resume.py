@@ -31,6 +31,7 @@ from tests.runs import (
     run_command,
     vcenter_of,
 )
+from tests.waits import await_that
 
 pytestmark = [pytest.mark.anyio, pytest.mark.live, pytest.mark.usefixtures("prefect_api")]
 
@@ -227,7 +228,9 @@ async def test_a_kept_leaf_that_rotted_is_fetched_again(site, tmp_path, api):
     with faults(site, throttle_bytes_per_s=48 * MIB):
         await asyncio.to_thread(kill_after, site, export_to(site, tmp_path), api, 120 * MIB)
     part = tmp_path / "db" / "disk-0.qcow2.part"
-    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -q -P 0x5a 0 512", part], check=True)
+    rot = ["qemu-io", "-f", "qcow2", "-c", "write -q -P 0x5a 0 512", part]
+    # the killed run's qemu-nbd ends, and gives its lock up, a moment after it
+    await asyncio.to_thread(await_that, lambda: subprocess.run(rot, stderr=subprocess.DEVNULL).returncode == 0)
     manifest = await export(site, tmp_path, "db", skip_readback=True)
     assert manifest.consistent
     assert_equal_to_the_frozen_chain(site, tmp_path / "db", tmp_path)
