@@ -7,6 +7,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Protocol
+
+
+class Paced(Protocol):
+    """What says how long to wait after bytes came."""
+
+    def delay(self, count: int) -> float:
+        """Count `count` bytes that came; return the seconds after which more may. Called by any thread."""
+        ...
 
 
 class Rate:

@@ -31,7 +31,7 @@ from tasks.images.leaves import Misread, Piece
 from tasks.images.pool import Pool
 from tasks.images.writer import Writer
 from tasks.models import Extent, Value
-from tasks.rate import Rate
+from tasks.rate import Paced
 from tasks.reader import Buffer as Streamed
 from tasks.reader import Hole, Reader, TransientFault, runs_within
 
@@ -89,7 +89,7 @@ def copy(
     progress: Callable[[int], None] | None = None,
     stop: threading.Event | None = None,
     journal: Durable | None = None,
-    rate: Rate | None = None,
+    rate: Paced | None = None,
 ) -> CopyResult:
     """Copy `extents` (whole leaves, sorted) from an entered `reader` to `writer`; return when they are durable.
 
@@ -124,7 +124,7 @@ class _Copy:
         progress: Callable[[int], None] | None,
         stop: threading.Event | None,
         journal: Durable | None,
-        rate: Rate | None,
+        rate: Paced | None,
     ) -> None:
         self.received = self.covered = self.written = 0
         self._reader, self._writer, self._digests, self._limits = reader, writer, digests, limits

@@ -79,7 +79,7 @@ def patch(
         progress=progress,
         stop=stop,
         journal=todo,
-        rate=rate,
+        rate=_OfTheSource(rate, patched) if rate else None,
     )
     if changes.doubted:
         _log.warning("leaves were not as their digests say, and were fetched path=%s n=%d", image.path, changes.doubted)
@@ -209,6 +209,19 @@ class _Patched:
                 with self._lock:
                     self.fetched_bytes += len(buffer)
                 yield offset, buffer
+
+
+class _OfTheSource:
+    """A rate at which bytes of the source come, whatever of a leaf comes from here. See `tasks.rate.Paced`."""
+
+    def __init__(self, rate: Rate, patched: _Patched) -> None:
+        self._rate, self._patched = rate, patched
+        self._counted, self._lock = 0, threading.Lock()
+
+    def delay(self, count: int) -> float:
+        with self._lock:
+            came, self._counted = self._patched.fetched_bytes - self._counted, self._patched.fetched_bytes
+        return self._rate.delay(came)
 
 
 def _by_leaf(parts: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[int, list[tuple[int, memoryview]]]]:

@@ -22,6 +22,7 @@ from tasks.images.patch import PatchResult, patch
 from tasks.images.raw import RawWriter
 from tasks.images.written import Written, verify_written
 from tasks.models import Extent
+from tasks.rate import Rate
 from tasks.reader import TransientFault
 from tests.unit.images.fakes import FakeReader
 
@@ -42,7 +43,21 @@ def changed_at(places: Sequence[tuple[int, int]]) -> tuple[Changes, bytes]:
     return Changes(extents, size=SIZE), bytes(after)
 
 
-def patched(folder: Path, changes: Changes, reader: FakeReader, *, rot: Sequence[int] = ()) -> PatchResult:
+class CountedRate(Rate):
+    """A rate that holds nobody up, and says how many bytes it was told of."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 40)
+        self.counted = 0
+
+    def delay(self, count: int) -> float:
+        self.counted += count
+        return 0.0
+
+
+def patched(
+    folder: Path, changes: Changes, reader: FakeReader, *, rot: Sequence[int] = (), rate: Rate | None = None
+) -> PatchResult:
     """Patch a copy of BEFORE in `folder`, of which some leaves rotted, and read back what was written."""
     files = DiskFiles(folder, 0)
     files.final("raw").write_bytes(BEFORE)
@@ -55,7 +70,9 @@ def patched(folder: Path, changes: Changes, reader: FakeReader, *, rot: Sequence
                 image.write(b"rot")
         todo, written = DirtyList(files, changes.leaves, Torn(), at="52/2", at_once=False), Written(changes)
         with RawWriter.open(files.final("raw")) as image:
-            result = patch(reader, image, changes, digests=digests, todo=todo, written=written, limits=LIMITS)
+            result = patch(
+                reader, image, changes, digests=digests, todo=todo, written=written, limits=LIMITS, rate=rate
+            )
         for leaf in range(leaf_count(SIZE)):
             whole = leaf_extent(leaf, size=SIZE)
             assert digests.get(leaf) == record_of(reader.content[whole.start : whole.end])
@@ -107,3 +124,11 @@ def test_a_reader_that_leaves_out_or_doubles_a_part_is_found_out(tmp_path: Path,
     reader = FakeReader(after, chunk=BLOCK, **{fault: [16 * 8 * BLOCK + BLOCK]})  # type: ignore[arg-type]
     with reader, pytest.raises(IntegrityMismatch, match=r"source gave bytes twice|left out"):
         patched(tmp_path, changes, reader)
+
+
+def test_a_rate_is_of_what_comes_from_the_source_and_not_of_what_is_read_here(tmp_path: Path) -> None:
+    changes, after = changed_at([(1, 1), (40, 2), (200, 1)])
+    rate = CountedRate()
+    result = patched(tmp_path, changes, FakeReader(after), rate=rate)
+    assert rate.counted == result.bytes_transferred == 4 * BLOCK
+    assert result.bytes_read_here > 2 * result.bytes_transferred
