@@ -29,20 +29,17 @@ def closed_up(extents: Iterable[Extent], *, gap_bytes: int) -> tuple[Extent, ...
 class Changes:
     """What is fetched of a disk of `size` bytes: `extents`, and whole leaves where there is doubt.
 
-    `doubtful` are whole leaves of which it is not known what is here. Safe to use from several threads.
+    `doubtful` are whole leaves of which it is not known what is here. leaves: those that have any of it. Safe to use
+    from several threads.
     """
 
     def __init__(self, extents: Iterable[Extent], *, size: int, doubtful: Iterable[Extent] = ()) -> None:
         self.size = size
         self._extents = merged([*extents, *leaf_aligned(doubtful, size=size)])
         self._starts = [extent.start for extent in self._extents]
+        self.leaves = leaf_aligned(self._extents, size=size)
         self._doubtful: set[int] = set()
         self._lock = threading.Lock()
-
-    @property
-    def leaves(self) -> tuple[Extent, ...]:
-        """The leaves that have any of it."""
-        return leaf_aligned(self._extents, size=self.size)
 
     @property
     def length(self) -> int:
@@ -65,7 +62,10 @@ class Changes:
         found = []
         for at in range(first, bisect_left(self._starts, window.end)):
             extent = self._extents[at]
-            if (start := max(extent.start, window.start)) < (end := min(extent.end, window.end)):
+            start, end = max(extent.start, window.start), min(extent.end, window.end)
+            if end - start == extent.length:
+                found.append(extent)
+            elif start < end:
                 found.append(Extent(start=start, length=end - start))
         return merged([*found, *self._doubted_within(window)]) if self._doubtful else found
 

@@ -69,12 +69,12 @@ class Checkpoints:
     def take(self) -> None:
         """Make all that has landed durable: the data, then the digests, and then the journal may say so."""
         with self._room:
-            extents, self._landed = merged(self._landed), []
+            landed, self._landed = self._landed, []
             taken_bytes, self._landed_bytes = self._landed_bytes, 0
         self._writer.flush()
         self._digests.flush()
         if self._journal:
-            self._journal.append(extents)
+            self._journal.append(merged(landed))
         with self._room:
             self._not_durable_bytes -= taken_bytes
             self._room.notify_all()

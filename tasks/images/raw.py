@@ -81,6 +81,9 @@ class RawWriter:
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fill `target` with the bytes at `offset`. Raises OSError where the file ends before it does."""
+        if self._direct is not None and not (offset % BLOCK_BYTES or len(target) % BLOCK_BYTES):
+            done = _read_past_the_cache(self._direct, target, offset)
+            target, offset = target[done:], offset + done
         while target:
             done = os.preadv(self._fd, [target], offset)
             if not done:
@@ -117,9 +120,9 @@ class RawWriter:
 
 
 def _direct(fd: int) -> int | None:
-    """Open the file of `fd` once more, for writing past the page cache; None where its file system refuses that."""
+    """Open the file of `fd` once more, for going past the page cache; None where its file system refuses that."""
     try:
-        return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_DIRECT)
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_DIRECT)
     except OSError as error:
         _log.info("written through the page cache errno=%s", error.errno)
         return None
@@ -129,6 +132,16 @@ def _written_past_the_cache(fd: int, buffer: memoryview, offset: int) -> int:
     """Return how much of `buffer` was written; nothing where its memory does not begin where O_DIRECT wants it."""
     try:
         return os.pwrite(fd, buffer, offset)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return 0
+        raise
+
+
+def _read_past_the_cache(fd: int, target: memoryview, offset: int) -> int:
+    """Return how much of `target` was read; nothing where its memory does not begin where O_DIRECT wants it."""
+    try:
+        return os.preadv(fd, [target], offset)
     except OSError as error:
         if error.errno == errno.EINVAL:
             return 0

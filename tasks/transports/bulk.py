@@ -92,11 +92,12 @@ class Shared:
 
     @contextmanager
     def body(self, length: int) -> Iterator[bytearray]:
-        """Lend memory for a body of up to `length` bytes for the block: what was lent before, where that is enough."""
+        """Lend memory for a body of up to `length` bytes, the same each time, for the block."""
         with self._lock:
-            mine = self._bodies.pop() if self._bodies else bytearray()
+            mine = self._bodies.pop() if self._bodies else None
+        mine = mine or bytearray(length)
         try:
-            yield mine if len(mine) >= length else (mine := bytearray(length))
+            yield mine
         finally:
             with self._lock:
                 self._bodies.append(mine)

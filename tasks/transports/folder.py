@@ -280,13 +280,14 @@ class FolderReader:
     def _parts(self, extents: Sequence[Extent]) -> Iterator[tuple[int, memoryview]]:
         """Yield the bytes of `extents` by one request. Raises ranges.OneEach, before anything is yielded."""
         assert self._shared
-        with self._errors(), self._shared.body(ranges.body_bytes(extents)) as body:
+        most = ranges.body_bytes(extents)
+        with self._errors(), self._shared.body(ranges.BODY_BYTES) as body:
             with self._get(ranges.asked(extents), refuse=self._refuse_several) as response:
                 boundary = _boundary(response)
-                length, failure = _fill(memoryview(body), response)
+                length, failure = _fill(memoryview(body)[:most], response)
             if failure:
                 raise failure
-            if length == len(body):
+            if length == most:
                 raise ranges.OneEach("it sends more than the ranges that it was asked for")
             try:
                 parts = ranges.parts_of(body, length, boundary, extents, size=self.size)

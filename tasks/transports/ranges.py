@@ -15,6 +15,7 @@ from tasks.reader import runs_within
 MOST_RANGES = 64  # a request: at 28 bytes each the header stays far below the 4 KiB that a careful server takes
 MOST_BYTES = 4 * 1024 * 1024  # of them, which a body in memory holds
 PART_HEAD_BYTES = 1024  # at most, boundary and header fields
+BODY_BYTES = MOST_BYTES + (MOST_RANGES + 1) * PART_HEAD_BYTES  # of any reply
 
 _BOUNDARY = re.compile(
     r'multipart/byteranges\s*;(?:.*;)?\s*boundary=(?:"([^"]{1,200})"|([^\s;"]{1,200}))', re.IGNORECASE
