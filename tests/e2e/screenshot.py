@@ -68,13 +68,18 @@ class Page:
         spot = f"""(() => {{ const e = {element}; e?.scrollIntoView({{block: 'center'}});
           const r = e?.getBoundingClientRect(); return r && [r.x + r.width / 2, r.y + r.height / 2] }})()"""
         deadline = time.monotonic() + timeout_s
-        while not (place := self.evaluate(spot)):
+        while not (place := self._at_rest(spot)):
             assert time.monotonic() < deadline, f"nothing on the page reads {what!r}:\n{self.text()[:3000]}"
-            time.sleep(0.2)
         for kind in ("mousePressed", "mouseReleased"):
             self._call(
                 "Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", buttons=1, clickCount=1
             )
+
+    def _at_rest(self, spot: str) -> Any:
+        """Return where something is that stays there: a page that was resized, or opens a dialog, still moves it."""
+        place = self.evaluate(spot)
+        time.sleep(0.2)
+        return place if place == self.evaluate(spot) else None
 
     def fill(self, label: str, text: str) -> None:
         """Type into the first field after where `label` is written."""

@@ -138,7 +138,11 @@ def test_cancelling_a_wave_cancels_its_runs_and_the_janitor_removes_what_a_kille
     lab.post("/faults", throttle_bytes_per_s=8 << 10)  # what runs now would go on for minutes
     await_that(lambda: lab.stats()["open_snapshots"] > 1, WAVE_TIMEOUT_S, lambda: "none runs" + product.logs())
     killed = snapshots_of_ours(lab)[0]
-    os.kill(int(json.loads((tmp_path / "exports" / killed.vm_name / ".hyper2kvm.lock").read_text())["pid"]), 9)
+    job = tmp_path / "exports" / killed.vm_name
+    # without a job to go on with, or cancelled before it is known to have crashed, its snapshot would go at once
+    await_that((job / ".hyper2kvm.job.json").exists, 60, product.logs)
+    os.kill(int(json.loads((job / ".hyper2kvm.lock").read_text())["pid"]), 9)
+    await_that(lambda: wave_fleet.outcomes(wave)[killed.vm_name] == ["CRASHED"], 120, product.logs)
     wave_fleet.cancel(wave)
     wave_fleet.await_end(wave, "Cancelled")
     await_that(
