@@ -78,7 +78,7 @@ async def frozen(
 ) -> AsyncIterator[Snapshot | None]:
     """Yield a point in time of a job's VM for the block, as `point_in_time` does, for whichever of `roads` is taken.
 
-    Raises UnsupportedDisk besides, for a disk that none of any job's roads can copy.
+    Raises UnsupportedDisk besides, for a disk that no road can copy.
     """
     by_chains = chains(roads)
     if by_chains and not options.snapshot_moref:  # else the fence before a snapshot sees to it
@@ -99,8 +99,8 @@ async def _arrived(vcenter: VCenter, job: Job, options: DiskJob, roads: Roads, c
     """Return the job's state once every disk chosen lies here as a part, copied now or by an earlier run."""
     vm, folder = job.vm, job.folder
     state = read_state(folder)
-    other = state and state.disks and state.selection != choice.words  # disks were wanted then
-    if state and (other or not state.resumable):
+    other_disks = state and state.disks and state.selection != choice.words  # were wanted then
+    if state and (other_disks or not state.resumable):
         discard(folder)
         state = None
     refuse_existing(folder, state)

@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import Protocol, Self, runtime_checkable
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Generic, Protocol, Self, TypeVar, runtime_checkable
 
 from tasks.models import Extent
+
+M = TypeVar("M", memoryview, bytearray)
 
 
 def aligned_buffer(length: int) -> memoryview:
     """Return memory that begins on a page: what lies in it can be written past the page cache (open(2), O_DIRECT)."""
     return memoryview(mmap.mmap(-1, length))
+
+
+class Lent(Generic[M]):
+    """Memory that is lent and lent again: fresh memory costs as much as what is done with it. For several threads."""
+
+    def __init__(self, make: Callable[[int], M]) -> None:
+        self._make: Callable[[int], M] = make
+        self._spare: list[M] = []
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def memory(self, length: int) -> Iterator[M]:
+        """Lend so many bytes for the block: what was lent before, where its length is the same."""
+        with self._lock:
+            mine = self._spare.pop() if self._spare else None
+        if mine is None or len(mine) != length:
+            mine = self._make(length)
+        try:
+            yield mine
+        finally:
+            with self._lock:
+                self._spare.append(mine)
 
 
 def cut(extent: Extent, step: int) -> Iterator[Extent]:

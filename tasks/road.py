@@ -32,12 +32,23 @@ VDDK_DISKS_A_HOST = 10  # the NFC memory of an ESXi host is for some 50 sessions
 
 
 class Opening:
-    """One disk of a job, about to be read. probing: it is only to be seen whether it can be."""
+    """One disk of a job, about to be read.
+
+    probing: it is only to be seen whether it can be. scattered: a little of it is to be read, here and there.
+    """
 
     def __init__(
-        self, disk: VirtualDisk, job: JobState, connection: Connection, *, stop: threading.Event, probing: bool = False
+        self,
+        disk: VirtualDisk,
+        job: JobState,
+        connection: Connection,
+        *,
+        stop: threading.Event,
+        probing: bool = False,
+        scattered: bool = False,
     ) -> None:
-        self.disk, self.job, self.connection, self.stop, self.probing = disk, job, connection, stop, probing
+        self.disk, self.job, self.connection, self.stop = disk, job, connection, stop
+        self.probing, self.scattered = probing, scattered
 
 
 def _nothing_to_hold(job: JobState, connection: Connection) -> AbstractContextManager[object]:
@@ -66,24 +77,30 @@ def road_of(job: JobState) -> Road:
 
 
 def opened(
-    disk: VirtualDisk, job: JobState, connection: Connection, *, stop: threading.Event, probing: bool = False
+    disk: VirtualDisk,
+    job: JobState,
+    connection: Connection,
+    *,
+    stop: threading.Event,
+    probing: bool = False,
+    scattered: bool = False,
 ) -> AbstractContextManager[Reader]:
     """Return what yields, for a block, an entered reader of a disk by its job's road; see `Opening`."""
-    return road_of(job).opened(Opening(disk, job, connection, stop=stop, probing=probing))
+    return road_of(job).opened(Opening(disk, job, connection, stop=stop, probing=probing, scattered=scattered))
 
 
 def _by_folder(wanted: Opening) -> AbstractContextManager[Reader]:
     source = FolderDisk.of(wanted.disk, vm=wanted.job.vm, connection=wanted.connection)
-    return from_folder(source, probing=wanted.probing)
+    by_ticket = not (wanted.probing or wanted.scattered)  # a ticket is worth its price for large parts only
+    return from_folder(source, depth=1 if wanted.probing else None, by_ticket=by_ticket)
 
 
 @contextmanager
-def from_folder(source: FolderDisk, *, probing: bool = False) -> Iterator[Reader]:
+def from_folder(source: FolderDisk, *, depth: int | None = None, by_ticket: bool = True) -> Iterator[Reader]:
     """Yield an entered reader of a disk or file, which borrows the process's session."""
-    depth = 1 if probing else None
     with (
         borrow(source.connection) as session,
-        folder_reader(source, session, depth=depth, by_ticket=not probing) as reader,
+        folder_reader(source, session, depth=depth, by_ticket=by_ticket) as reader,
     ):
         yield reader
 

@@ -120,5 +120,5 @@ def _sampled(
     meter: Meter,
     stop: threading.Event,
 ) -> tuple[int, ...]:
-    with Digests.open(sidecar) as digests, opened(disk, job, connection, stop=stop) as reader:
+    with Digests.open(sidecar) as digests, opened(disk, job, connection, stop=stop, scattered=True) as reader:
         return differing_at_source(reader, digests, leaves, progress=meter.add, stop=stop)

@@ -75,7 +75,7 @@ class Changes:
             yield from self.within(window)
 
     def kept(self, leaf: int) -> Sequence[Extent]:
-        """Return what is not fetched of a leaf."""
+        """Return what is not fetched of a leaf: asked of each, so not by `without`, which sorts first."""
         whole = leaf_extent(leaf, size=self.size)
         kept, at = list[Extent](), whole.start
         for extent in self.within(whole):

@@ -22,11 +22,11 @@ def whole_disk(size: int) -> tuple[Extent, ...]:
 
 def merged(extents: Iterable[Extent]) -> tuple[Extent, ...]:
     """Return the same bytes as sorted extents, those that touch or overlap made one."""
-    runs = joined((extent.start, extent.end) for extent in extents)
+    runs = runs_of((extent.start, extent.end) for extent in extents)
     return tuple(Extent(start=start, length=end - start) for start, end in runs)
 
 
-def joined(ends: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def runs_of(ends: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return `(start, end)` of runs of bytes, sorted, those that touch or overlap made one."""
     runs: list[tuple[int, int]] = []
     for start, end in sorted(ends):

@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import accumulate
 
 from tasks.images.leaves import Misread
 from tasks.models import Extent
-from tasks.reader import Hole, aligned_buffer
-
-
-class Lent:
-    """Memory of one length, lent and lent again: fresh memory costs as much as what is done with it."""
-
-    def __init__(self, length: int) -> None:
-        self._length, self._spare = length, list[memoryview]()
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def memory(self) -> Iterator[memoryview]:
-        """Lend what begins on a page for the block."""
-        with self._lock:
-            mine = self._spare.pop() if self._spare else None
-        mine = mine or aligned_buffer(self._length)
-        try:
-            yield mine
-        finally:
-            with self._lock:
-                self._spare.append(mine)
+from tasks.reader import Hole
 
 
 class Held:

@@ -18,13 +18,13 @@ from tasks.images.changes import Changes
 from tasks.images.copy import CLUSTER_BYTES, CopyResult, Limits, copy
 from tasks.images.digests import LEAF_BYTES, Buffer, Digests
 from tasks.images.dirty import DirtyList
-from tasks.images.extents import joined, leaf_extent
-from tasks.images.held import Held, Lent
+from tasks.images.extents import leaf_extent, runs_of
+from tasks.images.held import Held
 from tasks.images.writer import Image
 from tasks.images.written import Written
 from tasks.models import Extent
 from tasks.rate import Rate
-from tasks.reader import Hole, Reader, Scattered, runs_within
+from tasks.reader import Hole, Lent, Reader, Scattered, aligned_buffer, runs_within
 
 AHEAD = 2  # threads a connection: while one waits for the source, the others read, hash and write here
 HELD_BYTES = 4 * 1024 * 1024  # at most this much of changes is taken whole, so that its connection is free at once
@@ -115,7 +115,7 @@ class _Patched:
         self.fetched_bytes = self.read_here_bytes = 0
         self._from, self._image, self._changes, self._digests, self._written = source, image, changes, digests, written
         self._lock, self._turns = threading.Lock(), threading.Semaphore(connections)
-        self._leaves, self._held = Lent(LEAF_BYTES), Lent(HELD_BYTES)
+        self._leaves, self._held = Lent(aligned_buffer), Lent(aligned_buffer)
 
     def __enter__(self) -> Self:
         return self
@@ -141,7 +141,7 @@ class _Patched:
                 for leaf in sorted({run[0].start // LEAF_BYTES, (run[0].end - 1) // LEAF_BYTES} - {next_leaf}):
                     yield from self._with_rest(leaf, ())
             else:
-                with self._held.memory() as memory:
+                with self._held.memory(HELD_BYTES) as memory:
                     held = self._fetched(run, memory)
                     for leaf, parts in _by_leaf(held):
                         yield from parts if leaf == next_leaf else self._with_rest(leaf, parts)
@@ -161,7 +161,7 @@ class _Patched:
             yield from parts
             return
         whole = leaf_extent(leaf, size=self.size)
-        with self._leaves.memory() as memory:
+        with self._leaves.memory(LEAF_BYTES) as memory:
             content = memory[: whole.length]
             self._image.read_into(whole.start, content)
             with self._lock:
@@ -171,13 +171,13 @@ class _Patched:
                     content[start - whole.start : start - whole.start + len(part)] = part
                 self._note(leaf, parts, whole.length - sum(each.length for each in kept))
                 got = [(start, start + len(part)) for start, part in parts]
-                for start, end in joined([*got, *((each.start, each.end) for each in kept)]):
+                for start, end in runs_of([*got, *((each.start, each.end) for each in kept)]):
                     yield start, content[start - whole.start : end - whole.start]
                 return
         self._changes.doubt(leaf)
         yield from parts
         for run in runs_within(kept, most=1, most_bytes=HELD_BYTES):
-            with self._held.memory() as memory:
+            with self._held.memory(HELD_BYTES) as memory:
                 yield from self._fetched(run, memory)
 
     def _note(self, leaf: int, parts: Sequence[tuple[int, memoryview]], length: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -65,7 +66,7 @@ class RawWriter:
             if direct is not None and not (offset % BLOCK_BYTES or len(rest) % BLOCK_BYTES):
                 if self._ahead:
                     self._ahead.about_to_write(offset, len(rest))
-                done = _written_past_the_cache(direct, rest, offset)
+                done = _past_the_cache(os.pwritev, direct, rest, offset)
                 rest, offset = rest[done:], offset + done
             while rest:
                 done = os.pwrite(self._fd, rest, offset)
@@ -82,7 +83,7 @@ class RawWriter:
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fill `target` with the bytes at `offset`. Raises OSError where the file ends before it does."""
         if self._direct is not None and not (offset % BLOCK_BYTES or len(target) % BLOCK_BYTES):
-            done = _read_past_the_cache(self._direct, target, offset)
+            done = _past_the_cache(os.preadv, self._direct, target, offset)
             target, offset = target[done:], offset + done
         while target:
             done = os.preadv(self._fd, [target], offset)
@@ -128,20 +129,12 @@ def _direct(fd: int) -> int | None:
         return None
 
 
-def _written_past_the_cache(fd: int, buffer: memoryview, offset: int) -> int:
-    """Return how much of `buffer` was written; nothing where its memory does not begin where O_DIRECT wants it."""
+def _past_the_cache(
+    transfer: Callable[[int, list[memoryview], int], int], fd: int, buffer: memoryview, offset: int
+) -> int:
+    """Return how much of `buffer` was transferred; nothing where its memory does not begin where O_DIRECT wants it."""
     try:
-        return os.pwrite(fd, buffer, offset)
-    except OSError as error:
-        if error.errno == errno.EINVAL:
-            return 0
-        raise
-
-
-def _read_past_the_cache(fd: int, target: memoryview, offset: int) -> int:
-    """Return how much of `target` was read; nothing where its memory does not begin where O_DIRECT wants it."""
-    try:
-        return os.preadv(fd, [target], offset)
+        return transfer(fd, [buffer], offset)
     except OSError as error:
         if error.errno == errno.EINVAL:
             return 0

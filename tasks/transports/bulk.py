@@ -22,7 +22,7 @@ from typing import TypeVar
 import h11
 import httpx
 
-from tasks.reader import aligned_buffer
+from tasks.reader import Lent, aligned_buffer
 
 RECEIVE_BYTES = 1024 * 1024
 RECORD_BYTES = 16 * 1024  # of plain text in one TLS record, at most: RFC 8446, section 5.1
@@ -55,9 +55,8 @@ class Shared:
     def __init__(self, context: ssl.SSLContext) -> None:
         self.context = context
         self.several_ranges, self.one_range_each = False, ""
-        self._bodies: list[bytearray] = []
         self._idle: list[tuple[Server, float, BulkStream]] = []
-        self._buffers: list[memoryview] = []
+        self.buffers, self.bodies = Lent(aligned_buffer), Lent(bytearray)
         self._lock, self._closed = threading.Lock(), False
 
     def connection(self, server: Server, timeout_s: float | None) -> BulkStream:
@@ -76,31 +75,6 @@ class Shared:
                 self._idle.append((server, time.monotonic(), stream))
                 return
         stream.close()
-
-    @contextmanager
-    def buffer(self, length: int) -> Iterator[memoryview]:
-        """Lend memory that begins on a page for the block: what was lent before, where its length is the same."""
-        with self._lock:
-            mine = self._buffers.pop() if self._buffers else memoryview(b"")
-        if len(mine) != length:
-            mine = aligned_buffer(length)
-        try:
-            yield mine
-        finally:
-            with self._lock:
-                self._buffers.append(mine)
-
-    @contextmanager
-    def body(self, length: int) -> Iterator[bytearray]:
-        """Lend memory for a body of up to `length` bytes, the same each time, for the block."""
-        with self._lock:
-            mine = self._bodies.pop() if self._bodies else None
-        mine = mine or bytearray(length)
-        try:
-            yield mine
-        finally:
-            with self._lock:
-                self._bodies.append(mine)
 
     def close(self) -> None:
         """Close what is idle, and from now on what comes back."""

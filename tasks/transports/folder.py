@@ -246,7 +246,7 @@ class FolderReader:
         """Yield what one request for `extent` brings."""
         assert self._shared
         offset = extent.start
-        with self._errors(), self._shared.buffer(BUFFER_BYTES) as buffer, ExitStack() as stack:
+        with self._errors(), self._shared.buffers.memory(BUFFER_BYTES) as buffer, ExitStack() as stack:
             response = self._reply(extent, stack)
             _check_range(response, self._disk, extent)
             while offset < extent.end:
@@ -281,7 +281,7 @@ class FolderReader:
         """Yield the bytes of `extents` by one request. Raises ranges.OneEach, before anything is yielded."""
         assert self._shared
         most = ranges.body_bytes(extents)
-        with self._errors(), self._shared.body(ranges.BODY_BYTES) as body:
+        with self._errors(), self._shared.bodies.memory(ranges.BODY_BYTES) as body:
             with self._get(ranges.asked(extents), refuse=self._refuse_several) as response:
                 boundary = _boundary(response)
                 length, failure = _fill(memoryview(body)[:most], response)

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from typing import Any, Self
 
 from tasks.errors import VddkCrashed
 from tasks.models import SECTOR_BYTES, Extent
+from tasks.nbd import whole_replies
 from tasks.process import LAST_LINES, child, end_group, outcome_of
 
 LEAVE_TIMEOUT_S = 8.0  # twice that, and a Prefect worker would still not kill the run
@@ -55,7 +55,8 @@ class Lane:
         self.slots = tuple(slots)
         self.free = list(self.slots)
         self.answers, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.answers.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, int(POLL_S * 1e6)))
+        self.answers.settimeout(POLL_S)
+        whole_replies(self.answers)
 
     def __enter__(self) -> Self:
         return self

@@ -285,7 +285,7 @@ class Worker:
         self.tell(command["id"], generation=self._disk.generation)
 
 
-def tell(out: IO[bytes], what: int | dict[str, Any]) -> None:
+def tell(out: IO[bytes], what: dict[str, Any]) -> None:
     """Write a line of JSON, whole."""
     out.write(json.dumps(what).encode() + b"\n")
     out.flush()

@@ -376,12 +376,12 @@ def test_a_connection_in_the_middle_of_a_reply_is_left_to_nobody(certificate: tu
 
 def test_memory_is_lent_to_one_at_a_time_and_lent_again() -> None:
     shared = bulk.Shared(unverified())
-    with shared.buffer(MIB) as one, shared.buffer(MIB) as two:
+    with shared.buffers.memory(MIB) as one, shared.buffers.memory(MIB) as two:
         one[0], two[0] = 1, 2
         assert (one[0], two[0]) == (1, 2)
-    with shared.buffer(MIB) as again:
+    with shared.buffers.memory(MIB) as again:
         assert again is one or again is two
-    with shared.buffer(2 * MIB) as larger:
+    with shared.buffers.memory(2 * MIB) as larger:
         assert len(larger) == 2 * MIB
 
 
