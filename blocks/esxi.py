@@ -62,5 +62,7 @@ class ESXiHost(Block):
 
     @model_validator(mode="after")
     def _usable(self) -> Self:
-        self.settings()
+        settings = self.settings()
+        if not (settings.key or settings.password):
+            raise ValueError(f"give a key or a password of {self.user} at {self.host}")
         return self

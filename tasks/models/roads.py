@@ -82,7 +82,7 @@ class SshSettings(Value):
     """An account at an ESXi host that may log in by SSH.
 
     host_key: the host's, pinned: `SHA256:…` or `ssh-ed25519 AAAA…`. key: a private key in OpenSSH's or PEM form.
-    password: of the account, or of the key where one is given.
+    password: of the account, or of the key where one is given. One of the two is needed to log in.
     """
 
     road: Literal["ssh"] = "ssh"
@@ -97,12 +97,6 @@ class SshSettings(Value):
     @classmethod
     def _is_a_key(cls, text: str) -> str:
         return normalise_host_key(text)
-
-    @model_validator(mode="after")
-    def _has_a_secret(self) -> Self:
-        if not (self.key or self.password):
-            raise ValueError(f"give a key or a password of {self.user} at {self.host}")
-        return self
 
 
 def normalise_host_key(text: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools import is_valid_schema, validate
 
+from blocks import ESXiHost
 from flows.export import export_vm
 from flows.migration_wave import migration_wave, saved_wave
 from flows.vddk_download import vddk_download
@@ -36,3 +37,8 @@ def test_a_saved_block_is_taken_by_reference(flow: Any, parameters: dict[str, An
     schema = parameter_schema(flow).model_dump()
     is_valid_schema(schema, preprocess=False)
     validate(parameters, schema, raise_on_error=True, preprocess=True)
+
+
+def test_an_esxi_host_without_key_and_password_is_refused() -> None:
+    with pytest.raises(ValueError, match="give a key or a password of root at esx1"):
+        ESXiHost(host="esx1", host_key=f"SHA256:{'A' * 43}")

@@ -1,10 +1,22 @@
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from tasks.images.layout import DiskFiles
 from tasks.images.state import STATE, JobState, discard, read_state, write_state
-from tasks.models import Arrival, Snapshot, VirtualDisk
+from tasks.models import (
+    Arrival,
+    FolderSettings,
+    LeaseSettings,
+    NbdSettings,
+    RoadSettings,
+    Snapshot,
+    SshSettings,
+    Trust,
+    VddkSettings,
+    VirtualDisk,
+)
 from tests.unit.images.dying import every_death
 from tests.unit.images.test_manifest import VM
 
@@ -42,6 +54,24 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
         assert read_state(tmp_path) == state
     assert [path.name for path in tmp_path.iterdir()] == [STATE]
     assert (tmp_path / STATE).read_text().startswith('{\n  "version": 1')
+
+
+@pytest.mark.parametrize(
+    "road",
+    [
+        VddkSettings(libdir=Path("/opt/vddk")),
+        NbdSettings(command=("nbdkit", "{path}"), secret=SecretStr("s")),
+        NbdSettings(uri="nbds://host", trust=Trust(thumbprint="AB" * 20)),
+        FolderSettings(),
+        SshSettings(host="esx1", host_key=f"SHA256:{'A' * 43}", password=SecretStr("s")),
+        LeaseSettings(),
+    ],
+)
+def test_every_road_is_read_again_without_its_secrets(tmp_path: Path, road: RoadSettings) -> None:
+    write_state(tmp_path, JOB.model_copy(update={"road": road}))
+    again = read_state(tmp_path)
+    assert again
+    assert again.road == road.model_copy(update={name: None for name in ("secret", "password") if hasattr(road, name)})
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "7", '{"version": 2}', '{"version": 1}', "\udcff"])
