@@ -13,9 +13,9 @@ from tasks.describe import describe_domain
 from tasks.disks import Choice, copyable_disks
 from tasks.errors import TrackingOff
 from tasks.images.base import base_of, paired
-from tasks.images.state import JobState, write_state
+from tasks.images.state import JobState
 from tasks.job import Job, job_at_work
-from tasks.models import Manifest, Roads, Snapshot, SyncJob, Value, VddkSettings
+from tasks.models import Manifest, Roads, Snapshot, SyncJob, Value
 from tasks.report import manifest_of
 from tasks.route import Means, on_a_road, roads_for
 from tasks.snapshot import check_snapshot
@@ -81,9 +81,8 @@ async def sync_to(
     vm, folder = job.vm, job.folder
     disks = await copyable_disks(vcenter, job.server, vm, snapshot, Choice())
     pairs = paired(folder, base, vm, disks)
-    async with on_a_road(vcenter, job.state(snapshot, disks), roads) as state:
-        if isinstance(state.road, VddkSettings):
-            write_state(folder, state.model_copy(update={"resumable": False}))
+    afresh = job.state(snapshot, disks).model_copy(update={"resumable": False})
+    async with on_a_road(vcenter, afresh, roads, folder) as state:
         calls = [
             partial(sync_disk, vcenter, state, each, folder, skip_readback=options.skip_readback) for each in pairs
         ]

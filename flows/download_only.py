@@ -13,7 +13,7 @@ from tasks.browse import Plan, browse
 from tasks.download import Place, Wanted, download
 from tasks.images.files import allocated_bytes
 from tasks.images.mirror import begin, forget, known_files, parts_of
-from tasks.images.state import read_state, write_state
+from tasks.images.state import read_state, resumable, write_state
 from tasks.job import Job, job_at_work
 from tasks.mirror import commit_download, download_warnings, now
 from tasks.models import DatastoreFile, DownloadedFile, DownloadJob, DownloadManifest, Snapshot, SnapshotWishes
@@ -71,8 +71,9 @@ async def _held_still(vcenter: VCenter, job: Job, options: DownloadJob) -> Async
         with kept_if_interrupted(give_up):
             yield None
         return
-    wishes = SnapshotWishes()
-    async with point_in_time(vcenter, vm, wishes, name=name, before=before, give_up=give_up) as snapshot:
+    wishes, going_on = SnapshotWishes(), partial(resumable, job.folder)
+    point = point_in_time(vcenter, vm, wishes, name=name, before=before, give_up=give_up, going_on=going_on)
+    async with point as snapshot:
         yield snapshot
 
 

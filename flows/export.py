@@ -18,7 +18,7 @@ from tasks.disks import Choice, check_problems, copyable_disks
 from tasks.images.boot import need_tools
 from tasks.images.files import allocated_bytes
 from tasks.images.output import DiskFiles, give_up, refuse_existing
-from tasks.images.state import JobState, discard, read_state, write_state
+from tasks.images.state import JobState, discard, read_state, resumable, write_state
 from tasks.job import Job, job_at_work
 from tasks.models import DiskJob, ExportJob, Manifest, Roads, Snapshot
 from tasks.report import commit, manifest_of
@@ -83,8 +83,16 @@ async def frozen(
     by_chains = chains(roads)
     if by_chains and not options.snapshot_moref:  # else the fence before a snapshot sees to it
         await check_problems(vcenter, job.vm, choice)
-    name, give_up = job.snapshot_name, partial(discard, job.folder)
-    point = point_in_time(vcenter, job.vm, options, name=name, before=before, give_up=give_up, chains=by_chains)
+    point = point_in_time(
+        vcenter,
+        job.vm,
+        options,
+        name=job.snapshot_name,
+        before=before,
+        give_up=partial(discard, job.folder),
+        going_on=partial(resumable, job.folder),
+        chains=by_chains,
+    )
     async with point as snapshot:
         yield snapshot
 
@@ -116,10 +124,11 @@ async def _arrived(vcenter: VCenter, job: Job, options: DiskJob, roads: Roads, c
             "tracked": options.tracked,
             "selection": choice.words,
             "left_out": tuple(disk.title for disk in there if disk not in disks),
+            "resumable": state is not None,  # else from the first byte on
         }
         state = job.state(snapshot, disks).model_copy(update=chosen)
-        async with on_a_road(vcenter, state, roads) as state:
-            state = await _transferred(vcenter, state, folder, options)
+        async with on_a_road(vcenter, state, roads, folder) as state:
+            state = await _transferred(vcenter, state.model_copy(update={"resumable": True}), folder, options)
     return state
 
 

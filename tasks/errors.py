@@ -175,7 +175,7 @@ class PermissionMissing(VsphereFault):
 class LicenceForbids(VsphereFault):
     """The licence of {host} does not allow {action}"""
 
-    remedy = "Power the VM off and run again (no snapshot is needed then), or license the host"
+    remedy = "Power the VM off and take another road than nfc_lease (no snapshot is needed then), or license the host"
 
 
 class LeaseRefused(VsphereFault):

@@ -13,12 +13,12 @@ from tasks.connect import connected
 from tasks.errors import InvalidInput
 from tasks.images.files import safe_name
 from tasks.images.job import job_id, job_lock, last_holder
-from tasks.images.state import JobState
+from tasks.images.state import JobState, read_state
 from tasks.models import JobOptions, Snapshot, Value, VCenterInfo, VirtualDisk, VirtualMachine
 from tasks.rate import limited_to
 from tasks.resolve import resolve
 from tasks.snapshot import spoken_of
-from tasks.succession import close_predecessor
+from tasks.succession import close_predecessor, release
 from tasks.vsphere.snapshots import NAME_PREFIX
 
 
@@ -64,6 +64,8 @@ async def job_at_work(vcenter: VCenter, options: JobOptions) -> AsyncIterator[Jo
         before, run = last_holder(folder), {"flow_run": flow_run.get_name() or "", "flow_run_id": run_id}
         with job_lock(folder, run | {"vm": vm.moref, "snapshot": job.snapshot_name}):
             await close_predecessor(before, ours=run_id)
+            if left := read_state(folder):
+                await release(vcenter, left)
             with limited_to(options.bytes_per_s), spoken_of(folder):
                 yield job
 

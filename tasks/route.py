@@ -11,7 +11,7 @@ from prefect.logging import get_run_logger
 from blocks import ESXiHost, NbdSource, VCenter, VddkToolkit
 from tasks.disks import check_flat
 from tasks.errors import ConnectionFailed, Hyper2KvmError, InvalidInput, NoRoad, TransferInterrupted, VddkUnavailable
-from tasks.images.state import JobState
+from tasks.images.state import JobState, write_state
 from tasks.models import (
     ExportTransport,
     FolderSettings,
@@ -108,16 +108,18 @@ def chains(roads: Roads) -> bool:
 
 
 @asynccontextmanager
-async def on_a_road(vcenter: VCenter, job: JobState, roads: Roads) -> AsyncIterator[JobState]:
+async def on_a_road(vcenter: VCenter, job: JobState, roads: Roads, folder: Path) -> AsyncIterator[JobState]:
     """Yield the job with the first of `roads` by which each of its disks can be read, and hold what they share.
 
-    Where there is but one, its own error is raised. Of several, each one's is why it is skipped; NoRoad is raised where
-    none is left, or the error of one that the next run may find mended.
+    The state in `folder` says which one is tried, before it is: so a run that is killed meanwhile leaves word of what
+    VDDK had the server forbid. Where there is but one, its own error is raised. Of several, each one's is why it is
+    skipped; NoRoad is raised where none is left, or the error of one that the next run may find mended.
     """
     skipped, failures = list(roads.skipped), []
     async with AsyncExitStack() as held:
         for settings in roads.candidates:
             trial = job.model_copy(update={"road": settings, "skipped_roads": tuple(skipped)})
+            write_state(folder, trial)
             try:
                 await _try(vcenter, trial, held)
             except Hyper2KvmError as error:

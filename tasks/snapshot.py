@@ -57,6 +57,7 @@ async def point_in_time(
     name: str,
     before: Snapshot | None,
     give_up: Callable[[], None],
+    going_on: Callable[[], bool],
     chains: bool = False,
 ) -> AsyncIterator[Snapshot | None]:
     """Yield a snapshot for the block: the one that the options name, left alone; else the job's own, of that name.
@@ -64,21 +65,21 @@ async def point_in_time(
     chains: whether the disks may lie in chains of redo logs, not in flat files alone (`check_fence`).
     `before` is the one that the job's state speaks of: it is gone on with, if it is still there. None is yielded for
     a VM that is off, where the licence allows no snapshots. At the end ours is removed; after an interruption it is
-    kept, for the run that goes on with the job; after anything else `give_up` is called, and it is removed. It is
-    found by its name, so that one whose making was cancelled half-way goes too; a failure to remove it never hides
-    what ended the block. Raises FenceClosed, SnapshotFailed, PermissionMissing, LicenceForbids.
+    kept, where `going_on` says that the next run will go on with the job; after anything else `give_up` is called, and
+    it is removed. It is found by its name, so that one whose making was cancelled half-way goes too; a failure to
+    remove it never hides what ended the block. Raises FenceClosed, SnapshotFailed, PermissionMissing, LicenceForbids.
     """
     try:
-        with kept_if_interrupted(give_up):
-            if options.snapshot_moref:
-                yield await use_snapshot(vcenter, vm, options.snapshot_moref)
-            else:
-                yield await hold_snapshot(vcenter, vm, options, name=name, before=before, chains=chains)
-    except INTERRUPTIONS:
-        get_run_logger().warning("kept for the next run vm=%s snapshot=%s for=%s", vm.moref, name, KEPT_FOR)
-        raise
-    except BaseException:
-        await to_the_end(_drop_on_the_way_out(vcenter, vm, name))
+        if options.snapshot_moref:
+            yield await use_snapshot(vcenter, vm, options.snapshot_moref)
+        else:
+            yield await hold_snapshot(vcenter, vm, options, name=name, before=before, chains=chains)
+    except BaseException as error:
+        if isinstance(error, INTERRUPTIONS) and going_on():
+            get_run_logger().warning("kept for the next run vm=%s snapshot=%s for=%s", vm.moref, name, KEPT_FOR)
+        else:
+            give_up()
+            await to_the_end(_drop_on_the_way_out(vcenter, vm, name))
         raise
     await to_the_end(drop_snapshot(vcenter, vm, name))
 

@@ -5,6 +5,7 @@ Prefect's word that a run crashed is no proof that it is dead: the job's lock is
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -19,13 +20,16 @@ from prefect.states import Crashed
 from pydantic import ConfigDict
 
 from blocks import VCenter
+from tasks.errors import Hyper2KvmError
 from tasks.images.job import job_lock, last_holder, lock_holder
 from tasks.images.mirror import PARTS, forget
-from tasks.images.state import discard, read_state
+from tasks.images.state import JobState, discard, read_state
 from tasks.models import Value, VddkSettings
 from tasks.road import end_access
 from tasks.steps import connection_of, in_thread, on_vcenter, quietly
 from tasks.vsphere.snapshots import drop_snapshot
+
+_log = logging.getLogger(__name__)
 
 
 class _Options(Value):
@@ -91,12 +95,21 @@ def _left_by(run_id: str, output_dir: Path) -> list[tuple[Path, dict[str, str]]]
 
 async def _remove(vcenter: VCenter, folder: Path, holder: dict[str, str]) -> None:
     with job_lock(folder, holder):
-        job = read_state(folder)
-        if job and isinstance(job.road, VddkSettings):
-            await quietly(in_thread(end_access, None, job, connection_of(vcenter)))
+        if job := read_state(folder):
+            await release(vcenter, job)
         give_up = forget if (folder / PARTS).is_dir() else discard
         give_up(folder)
         await on_vcenter(vcenter, drop_snapshot, holder["vm"], name=holder["snapshot"])
+
+
+async def release(vcenter: VCenter, job: JobState) -> None:
+    """Have the server allow again what VDDK had it forbid for a run of a job, which is dead; log where it does not."""
+    if not isinstance(job.road, VddkSettings):
+        return
+    try:
+        await in_thread(end_access, None, job, connection_of(vcenter))
+    except Hyper2KvmError as error:
+        _log.warning("Storage vMotion may still be switched off vm=%s error=%s", job.vm.moref, error.cause)
 
 
 async def _saved_vcenter(parameter: Any) -> VCenter | None:

@@ -121,13 +121,18 @@ def assert_equal_to_the_guests_disks(lab: Lab, manifest: Manifest, folder: Path,
 
 
 def assert_nothing_left(lab: Lab, children_before: set[int] | None = None) -> None:
-    """No snapshot and no session on the lab, no child process and no thread of a transfer here."""
-    stats = lab.stats()
-    assert (stats["open_snapshots"], stats["live_sessions"], stats["vddk_prepared"]) == (0, 0, 0), stats
+    """Nothing of ours held on the lab (`held`), no child process and no thread of a transfer here."""
+    assert not any(held(lab).values()), held(lab)
     busy = [thread.name for thread in threading.enumerate() if thread.name.startswith(("fetch", "_verify", "vcenter"))]
     assert not [name for name in busy if name.startswith(("fetch", "_verify"))], busy
     if children_before is not None:
         assert children() <= children_before
+
+
+def held(lab: Lab) -> dict[str, int]:
+    """Return how many things that a run must give back are held on the lab."""
+    stats = lab.stats()
+    return {each: stats[each] for each in ("open_snapshots", "live_sessions", "vddk_prepared", "leases_open")}
 
 
 def children() -> set[int]:

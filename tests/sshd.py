@@ -47,11 +47,13 @@ exec env -i PATH={folder}/bin TROUBLE={folder}/trouble {folder}/bin/sh -c "$comm
 DD = """\
 #!{busybox} sh
 trouble=$(cat "$TROUBLE" 2>/dev/null)
-case "$trouble" in
-busy) echo "dd: can't open '${{1#if=}}': Device or resource busy" >&2; exit 1;;
-stall) {busybox} dd "$@" 2>/dev/null | head -c 4096; exec sleep 1000;;
-cut) {busybox} dd "$@" 2>/dev/null | head -c 7000000; exit 1;;
-broken) echo "dd: error reading '${{1#if=}}': Input/output error" >&2; exit 1;;
+case "$trouble $*" in
+busy*) echo "dd: can't open '${{1#if=}}': Device or resource busy" >&2; exit 1;;
+*of=/dev/null*) ;;
+taken*) echo "dd: can't open '${{1#if=}}': Device or resource busy" >&2; exit 1;;
+stall*) {busybox} dd "$@" 2>/dev/null | head -c 4096; exec sleep 1000;;
+cut*) {busybox} dd "$@" 2>/dev/null | head -c 7000000; exit 1;;
+broken*) echo "dd: error reading '${{1#if=}}': Input/output error" >&2; exit 1;;
 esac
 exec {busybox} dd "$@"
 """
@@ -82,7 +84,7 @@ class EsxiHost:
 
     @contextmanager
     def trouble(self, kind: str) -> Iterator[None]:
-        """Have each dd end badly for the block: `busy`, `stall`, `cut`, `broken`."""
+        """Have each dd end badly for the block: `busy`; all but one that tries: `taken`, `stall`, `cut`, `broken`."""
         path = self.folder / "trouble"
         path.write_text(kind)
         try:

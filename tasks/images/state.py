@@ -33,9 +33,10 @@ class JobState(Value):
 
     digest: the hash that content is told by. tracked: vSphere is asked what of the disks is allocated. selection: which
     of the VM's disks were asked for, in words; "": all. left_out: the others' titles. resumable: whether the next run
-    goes on with it; with a sync it does not, of which this says only whose access VDDK is to end. road: how they are
-    read, and skipped_roads: why not otherwise. A run killed on `vddk` leaves the VM prepared for access, under
-    identities made of the job's id and the disks' numbers (`tasks.road`), until the next run ends that.
+    goes on with it; not with a sync, nor with a copy before its first byte, of which this says only whose access VDDK
+    is to end. road: how they are read, and skipped_roads: why not otherwise. A run killed on `vddk` leaves the VM
+    prepared for access, under identities made of the job's id and the disks' numbers (`tasks.road`), until the next run
+    ends that.
     """
 
     version: int = FORMAT_VERSION
@@ -74,6 +75,12 @@ def read_state(folder: Path) -> JobState | None:
     except (ValueError, AttributeError, ValidationError) as error:
         _log.warning("damaged job state is not used path=%s error=%s", path, type(error).__name__)
         return None
+
+
+def resumable(folder: Path) -> bool:
+    """Tell whether the job of `folder` is one that the next run goes on with."""
+    state = read_state(folder)
+    return bool(state and state.resumable)
 
 
 def write_state(folder: Path, state: JobState) -> None:
