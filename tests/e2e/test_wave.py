@@ -15,6 +15,7 @@ import pytest
 from pyVmomi import vim
 
 from deployments.local import WORKER_LIMIT
+from tasks.images.state import resumable
 from tasks.vsphere.leftovers import LeftSnapshot, survey
 from tasks.vsphere.session import borrow
 from tests.e2e.screenshot import browser
@@ -140,7 +141,7 @@ def test_cancelling_a_wave_cancels_its_runs_and_the_janitor_removes_what_a_kille
     killed = snapshots_of_ours(lab)[0]
     job = tmp_path / "exports" / killed.vm_name
     # without a job to go on with, or cancelled before it is known to have crashed, its snapshot would go at once
-    await_that((job / ".hyper2kvm.job.json").exists, 60, product.logs)
+    await_that(lambda: resumable(job), 60, product.logs)
     os.kill(int(json.loads((job / ".hyper2kvm.lock").read_text())["pid"]), 9)
     await_that(lambda: wave_fleet.outcomes(wave)[killed.vm_name] == ["CRASHED"], 120, product.logs)
     wave_fleet.cancel(wave)
