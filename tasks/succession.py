@@ -23,7 +23,7 @@ from blocks import VCenter
 from tasks.errors import Hyper2KvmError
 from tasks.images.job import job_lock, last_holder, lock_holder
 from tasks.images.mirror import PARTS, forget
-from tasks.images.state import JobState, discard, read_state
+from tasks.images.state import JobState, discard, read_state, resumable
 from tasks.models import Value, VddkSettings
 from tasks.road import end_access
 from tasks.steps import connection_of, in_thread, on_vcenter, quietly
@@ -74,7 +74,7 @@ async def clean_up(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -
     for folder, holder in _left_by(str(flow_run.id), options.output_dir):
         if lock_holder(folder):
             log.warning("another run is at work on it folder=%s", folder)
-        elif (job := read_state(folder)) and job.resumable and not state.is_cancelled():
+        elif resumable(folder) and not state.is_cancelled():
             log.warning("kept for the next run folder=%s", folder)
         elif vcenter is None:
             log.warning("not looked for a snapshot: the run's vCenter was not a saved block folder=%s", folder)

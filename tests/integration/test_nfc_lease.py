@@ -374,6 +374,19 @@ def test_another_program_exports_what_the_lab_leases(site: Lab, tmp_path: Path) 
     assert site.stats()["lease_ends"] == {"completed": 2}
 
 
+def left_in(folder: Path) -> list[Path]:
+    return [*folder.rglob("disk-*"), *folder.rglob("manifest.json")]
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("prefect_api")
+async def test_an_export_whose_stream_lies_leaves_no_lease_no_snapshot_and_no_image(site: Lab, tmp_path: Path) -> None:
+    with faults(site, lease_lie="order"), pytest.raises(errors.BadLeaseStream, match="out of order"):
+        await export(site, tmp_path, "on", transport="nfc_lease")
+    assert site.stats()["lease_ends"] == {"aborted": 1}
+    assert left_in(tmp_path) == []
+
+
 @pytest.mark.anyio
 @pytest.mark.usefixtures("prefect_api")
 async def test_auto_takes_a_lease_where_nothing_else_reads_the_disks(site: Lab, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -106,6 +107,26 @@ async def test_a_missing_library_is_named_before_anything_is_connected(site, tmp
     with pytest.raises(errors.VddkUnavailable, match="there is no libvixDiskLib"):
         await vddk_download(site, tmp_path, "web", libdir=tmp_path)
     assert site.stats()["soap_total"] == 0
+
+
+def test_killed_it_is_gone_on_with_from_what_is_here_and_the_vm_is_released(site, tmp_path, api):
+    words = ["--vs-vm-name", "large", "--vddk-libdir", str(VDDK), "--output-dir", str(tmp_path)]
+    site.post("/stats/reset")
+    with faults(site, throttle_bytes_per_s=MIB):
+        assert kill_after(site, command(site, "vddk-export", *words), api, 32 * MIB)
+    left = site.stats()
+    assert (left["open_snapshots"], left["vddk_prepared"]) == (1, 1)
+    state = json.loads((tmp_path / "large" / ".hyper2kvm.job.json").read_text())
+    assert (state["road"]["libdir"], state["selection"]) == (str(VDDK), "the first disk")
+    site.post("/stats/reset")
+    done = run_command(site, "vddk-export", *words, "--json", env=api)
+    assert done.returncode == 0, done.stderr
+    assert site.stats()["bytes_served"] < 60 * MIB
+    assert_nothing_left(site)
+    manifest = json.loads(done.stdout)
+    moref, snapshot = manifest["vm"]["moref"], manifest["snapshot"]["moref"]
+    image = (tmp_path / "large" / "disk-0.raw").read_bytes()
+    assert hashlib.sha256(image).hexdigest() == site.sha256(moref, 0, snapshot)
 
 
 def test_interrupted_it_leaves_nothing(site, tmp_path, api):
