@@ -140,7 +140,7 @@ async def test_a_lone_hosts_vm_is_exported_with_the_hosts_own_cookie(esx, tmp_pa
 @needs_prefect
 async def test_a_free_licence_is_named_with_its_remedy_before_the_first_byte(tmp_path):
     with running_lab("-esx", "-disk-size", "1MiB", scenario={"free_licence": True}) as lab:
-        words = "does not allow a snapshot of demo.*Power the VM off and run again"
+        words = "does not allow a snapshot of demo.*Power the VM off and take another road than nfc_lease"
         with refused_before_the_first_byte(lab, tmp_path, errors.LicenceForbids, words):
             await export(lab, tmp_path, "demo")
 
