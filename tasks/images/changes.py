@@ -1,7 +1,7 @@
 """Which bytes of a disk are fetched to bring a copy of it up to a later point in time. Arithmetic, nothing is read.
 
-CBT speaks of blocks of 64 KiB and more; digests are of leaves of 256 KiB. Of a leaf that changed in part the rest is
-here already, unless it is in doubt.
+CBT speaks of blocks of 64 KiB and more, which is what a leaf has; a road's own map, or a disk's odd end, may be finer.
+Of a leaf that changed in part the rest is here already, unless it is in doubt.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 
 from tasks.images.digests import LEAF_BYTES
-from tasks.images.extents import leaf_aligned, leaf_extent, merged, whole_disk
+from tasks.images.extents import leaf_aligned, leaf_extent, merged, runs_of, whole_disk
 from tasks.models import Extent
 
 
@@ -35,16 +35,12 @@ class Changes:
 
     def __init__(self, extents: Iterable[Extent], *, size: int, doubtful: Iterable[Extent] = ()) -> None:
         self.size = size
-        self._extents = merged([*extents, *leaf_aligned(doubtful, size=size)])
-        self._starts = [extent.start for extent in self._extents]
-        self.leaves = leaf_aligned(self._extents, size=size)
+        runs = merged([*extents, *leaf_aligned(doubtful, size=size)])
+        self._starts, self._ends = [run.start for run in runs], [run.end for run in runs]
+        self.length = sum(self._ends) - sum(self._starts)
+        self.leaves = leaf_aligned(runs, size=size)
         self._doubtful: set[int] = set()
         self._lock = threading.Lock()
-
-    @property
-    def length(self) -> int:
-        """How many bytes are fetched, as far as is known."""
-        return sum(extent.length for extent in self._extents)
 
     @property
     def doubted(self) -> int:
@@ -56,43 +52,44 @@ class Changes:
         with self._lock:
             self._doubtful.add(leaf)
 
-    def within(self, window: Extent) -> Sequence[Extent]:
-        """Return what is fetched of a window, sorted."""
-        first = max(bisect_right(self._starts, window.start) - 1, 0)
-        found = []
-        for at in range(first, bisect_left(self._starts, window.end)):
-            extent = self._extents[at]
-            start, end = max(extent.start, window.start), min(extent.end, window.end)
-            if end - start == extent.length:
-                found.append(extent)
-            elif start < end:
-                found.append(Extent(start=start, length=end - start))
-        return merged([*found, *self._doubted_within(window)]) if self._doubtful else found
+    def within(self, start: int, end: int) -> Sequence[tuple[int, int]]:
+        """Return `(start, end)` of what is fetched between two offsets, sorted. It is asked several times a leaf."""
+        first = max(bisect_right(self._starts, start) - 1, 0)
+        last = bisect_left(self._starts, end, lo=first)
+        if last == first + 1 and self._starts[first] <= start and end <= self._ends[first]:
+            return [(start, end)]
+        cut = ((max(self._starts[at], start), min(self._ends[at], end)) for at in range(first, last))
+        found = [run for run in cut if run[0] < run[1]]
+        return runs_of([*found, *self._doubted_within(start, end)]) if self._doubtful else found
+
+    def are_whole(self, start: int, end: int) -> bool:
+        """Tell whether all leaves that have any of these bytes are fetched whole."""
+        first, last = start // LEAF_BYTES * LEAF_BYTES, min(-(-end // LEAF_BYTES) * LEAF_BYTES, self.size)
+        return self.within(first, last) == [(first, last)]
 
     def of_all(self, windows: Iterable[Extent]) -> Iterator[Extent]:
         """Yield what is fetched of several windows (sorted)."""
         for window in windows:
-            yield from self.within(window)
+            for start, end in self.within(window.start, window.end):
+                yield Extent(start=start, length=end - start)
 
-    def kept(self, leaf: int) -> Sequence[Extent]:
-        """Return what is not fetched of a leaf: asked of each, so not by `without`, which sorts first."""
+    def kept(self, leaf: int) -> Sequence[tuple[int, int]]:
+        """Return `(start, end)` of what is not fetched of a leaf."""
         whole = leaf_extent(leaf, size=self.size)
-        kept, at = list[Extent](), whole.start
-        for extent in self.within(whole):
-            if extent.start > at:
-                kept.append(Extent(start=at, length=extent.start - at))
-            at = extent.end
+        kept, at = list[tuple[int, int]](), whole.start
+        for start, end in self.within(whole.start, whole.end):
+            if start > at:
+                kept.append((at, start))
+            at = end
         if at < whole.end:
-            kept.append(Extent(start=at, length=whole.end - at))
+            kept.append((at, whole.end))
         return kept
 
-    def _doubted_within(self, window: Extent) -> list[Extent]:
-        leaves = range(window.start // LEAF_BYTES, -(-window.end // LEAF_BYTES))
+    def _doubted_within(self, start: int, end: int) -> list[tuple[int, int]]:
+        leaves = range(start // LEAF_BYTES, -(-end // LEAF_BYTES))
         with self._lock:
-            bad = [leaf for leaf in leaves if leaf in self._doubtful]
-        whole = (leaf_extent(leaf, size=self.size) for leaf in bad)
-        ends = ((max(each.start, window.start), min(each.end, window.end)) for each in whole)
-        return [Extent(start=start, length=end - start) for start, end in ends]
+            bad = [leaf_extent(leaf, size=self.size) for leaf in leaves if leaf in self._doubtful]
+        return [(max(leaf.start, start), min(leaf.end, end)) for leaf in bad]
 
 
 def everything(size: int) -> Changes:

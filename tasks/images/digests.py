@@ -1,4 +1,4 @@
-"""The digest tree of an image: a BLAKE3 or SHA-256 record for each leaf of 256 KiB, in a sparse sidecar file.
+"""The digest tree of an image: a BLAKE3 or SHA-256 record for each leaf of 64 KiB, in a sparse sidecar file.
 
 It is of the guest-visible content, whatever the format of the image. An all-zero leaf has a record of zero
 bytes, so a hole in the disk is a hole in the sidecar. Which leaves are hashed, and when, is not decided here.
@@ -21,7 +21,7 @@ from tasks.models import DigestName
 
 Buffer = bytes | bytearray | memoryview
 
-LEAF_BYTES = 256 * 1024
+LEAF_BYTES = 64 * 1024  # a block of CBT, and a cluster of qcow2: what changes, or is there, does so as a whole
 RECORD_BYTES = 32
 ZERO_RECORD = bytes(RECORD_BYTES)
 HEADER_BYTES = 4096  # a page, so that records begin on a block of the file system

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 from tasks.images.digests import LEAF_BYTES, Buffer, leaf_count
+from tasks.images.extents import whole_leaves
 from tasks.models import Extent
 from tasks.reader import Hole, aligned_buffer
 
@@ -26,7 +27,7 @@ class Piece:
         self._missing = {
             leaf for each in extents for leaf in range(each.start // LEAF_BYTES, -(-each.end // LEAF_BYTES))
         }
-        self._open: dict[int, _OpenLeaf] = {}
+        self._open: dict[int, OpenLeaf] = {}
         self._spare = [] if spare is None else spare
 
     @property
@@ -59,7 +60,7 @@ class Piece:
         while buffer:
             leaf, at = divmod(offset, LEAF_BYTES)
             length = min(LEAF_BYTES, self._end - leaf * LEAF_BYTES)
-            whole = self._whole_leaves(offset, len(buffer)) or LEAF_BYTES - at
+            whole = (0 if at else whole_leaves(offset, len(buffer), size=self._end)) or LEAF_BYTES - at
             part, buffer = buffer[:whole], buffer[whole:]
             leaves = range(leaf, leaf + leaf_count(at + len(part)))
             if offset + len(part) > self._end or not self._missing.issuperset(leaves):
@@ -72,15 +73,9 @@ class Piece:
                 yield self._complete(leaves, content)
                 self._keep(content)
 
-    def _whole_leaves(self, offset: int, length: int) -> int:
-        """Return how many of `length` bytes at `offset` are whole leaves, the extent's last one among them."""
-        if offset % LEAF_BYTES:
-            return 0
-        return length if offset + length == self._end else length // LEAF_BYTES * LEAF_BYTES
-
     def _put(self, leaf: int, length: int, at: int, part: memoryview | Hole) -> bool:
         if leaf not in self._open:
-            self._open[leaf] = _OpenLeaf(self._memory(length))
+            self._open[leaf] = OpenLeaf(self._memory(length))
         return self._open[leaf].put(at, part)
 
     def _complete(self, leaves: range, content: Buffer | Hole) -> tuple[int, Buffer | Hole]:
@@ -104,12 +99,12 @@ class Piece:
         return Extent(start=start, length=end - start)
 
 
-class _OpenLeaf:
-    """A leaf that is not all there yet, and the gaps in it."""
+class OpenLeaf:
+    """A leaf that is not all there yet, and `(start, end)` of the gaps in it, sorted; else it is one gap."""
 
-    def __init__(self, content: memoryview) -> None:
+    def __init__(self, content: memoryview, gaps: Iterable[tuple[int, int]] = ()) -> None:
         self.content = content
-        self._gaps = [(0, len(content))]
+        self._gaps = [*gaps] or [(0, len(content))]
 
     def put(self, at: int, part: memoryview | Hole) -> bool:
         """Put `part` at `at`; tell whether the leaf is whole now. Raises Misread where something is there already."""
@@ -120,4 +115,4 @@ class _OpenLeaf:
                 rest = [gap for gap in ((start, at), (end, stop)) if gap[0] < gap[1]]
                 self._gaps[index : index + 1] = rest
                 return not self._gaps
-        raise Misread(f"the source gave bytes at {at} of a leaf twice")
+        raise Misread(f"the source gave bytes at {at} of a leaf twice, or unasked")

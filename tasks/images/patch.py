@@ -10,26 +10,26 @@ import logging
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Self
 
 from tasks.images.changes import Changes
-from tasks.images.copy import CLUSTER_BYTES, CopyResult, Limits, copy
+from tasks.images.copy import CopyResult, Limits, copy
 from tasks.images.digests import LEAF_BYTES, Buffer, Digests
 from tasks.images.dirty import DirtyList
-from tasks.images.extents import leaf_extent, runs_of
-from tasks.images.held import Held
+from tasks.images.extents import leaf_extent, merged
+from tasks.images.leaves import OpenLeaf
 from tasks.images.writer import Image
 from tasks.images.written import Written
 from tasks.models import Extent
 from tasks.rate import Rate
-from tasks.reader import Hole, Lent, Reader, Scattered, aligned_buffer, runs_within
+from tasks.reader import Buffer as Streamed
+from tasks.reader import Lent, Reader, Scattered, aligned_buffer
 
-AHEAD = 2  # threads a connection: while one waits for the source, the others read, hash and write here
-HELD_BYTES = 4 * 1024 * 1024  # at most this much of changes is taken whole, so that its connection is free at once
-MOST_HELD = 64  # of them
+MOST_TOGETHER = 64  # leaves in a batch
 MOST_SPREAD = 4  # bytes of leaves for a byte of changes, between two checkpoints
+
+Parts = Generator[tuple[int, Streamed], None, None]
 
 _log = logging.getLogger(__name__)
 
@@ -66,10 +66,10 @@ def patch(
     """
     writer: _Differing | _Fetched = _Differing(image, todo) if compare else _Fetched(image, todo, changes)
     limits = limits or Limits()
-    patched = _Patched(reader, image, changes, digests, written, connections=min(reader.depth, limits.threads))
+    patched = _Patched(reader, image, changes, digests, written, depth=min(reader.depth, limits.threads))
     spread = min(MOST_SPREAD, sum(leaf.length for leaf in todo.planned) // max(changes.length, 1))
     every_bytes = limits.checkpoint_bytes * max(spread, 1)  # of leaves, which are so much more than what is written
-    limits = limits.model_copy(update={"threads": patched.depth, "checkpoint_bytes": every_bytes})
+    limits = limits.model_copy(update={"checkpoint_bytes": every_bytes})
     result = copy(
         patched,
         changes.leaves,
@@ -93,29 +93,17 @@ def patch(
 
 
 class _Patched:
-    """A reader of whole leaves: what changed of them comes from the source, the rest from the image.
-
-    connections: how many threads may be at the source at once; `depth` is of those that are at anything.
-    """
+    """A reader of whole leaves: what changed of them comes from the source, the rest from the image."""
 
     def __init__(
-        self,
-        source: Reader,
-        image: Image,
-        changes: Changes,
-        digests: Digests,
-        written: Written | None,
-        *,
-        connections: int,
+        self, source: Reader, image: Image, changes: Changes, digests: Digests, written: Written | None, *, depth: int
     ) -> None:
-        self.size, self.preferred_extent_bytes = source.size, source.preferred_extent_bytes
-        self.depth = connections * AHEAD
-        self.batch = min(MOST_HELD, max(1, len(changes.leaves) // (2 * self.depth)))  # something to do for each thread
+        self.size, self.preferred_extent_bytes, self.depth = source.size, source.preferred_extent_bytes, depth
+        self.batch = min(MOST_TOGETHER, max(1, len(changes.leaves) // (2 * depth)))  # something to do for each thread
         self.road, self.road_reason, self.source = source.road, source.road_reason, source.source
         self.fetched_bytes = self.read_here_bytes = 0
         self._from, self._image, self._changes, self._digests, self._written = source, image, changes, digests, written
-        self._lock, self._turns = threading.Lock(), threading.Semaphore(connections)
-        self._leaves, self._held = Lent(aligned_buffer), Lent(aligned_buffer)
+        self._lock, self._leaves = threading.Lock(), Lent(aligned_buffer)
 
     def __enter__(self) -> Self:
         return self
@@ -123,92 +111,73 @@ class _Patched:
     def __exit__(self, *exc: object) -> None:
         """The source is not ours to leave."""
 
-    def stream(self, extent: Extent) -> Generator[tuple[int, memoryview | Hole], None, None]:
+    def stream(self, extent: Extent) -> Parts:
         """Yield the bytes of `extent`, whole leaves of it. See `tasks.reader.Reader`."""
         yield from self.stream_batch([extent])
 
-    def stream_batch(self, extents: Sequence[Extent]) -> Generator[tuple[int, memoryview | Hole], None, None]:
+    def stream_batch(self, extents: Sequence[Extent]) -> Parts:
         """Yield the bytes of `extents`, whole leaves. See `tasks.images.copy.InBatches`.
 
-        The rest of a leaf comes with the last change of it, when no connection is held any more.
+        A leaf that changed in part comes with its last change; one that is in doubt then, whole, after all the others.
         """
-        runs = [*runs_within(self._changes.of_all(extents), most=MOST_HELD, most_bytes=HELD_BYTES)]
-        for run, after in zip_longest(runs, runs[1:]):
-            next_leaf = after[0].start // LEAF_BYTES if after else -1
-            if sum(each.length for each in run) > HELD_BYTES:  # a long one, by itself
-                with self._turns:
-                    yield from self._counted(self._from.stream(run[0]))
-                for leaf in sorted({run[0].start // LEAF_BYTES, (run[0].end - 1) // LEAF_BYTES} - {next_leaf}):
-                    yield from self._with_rest(leaf, ())
-            else:
-                with self._held.memory(HELD_BYTES) as memory:
-                    held = self._fetched(run, memory)
-                    for leaf, parts in _by_leaf(held):
-                        yield from parts if leaf == next_leaf else self._with_rest(leaf, parts)
+        begun, doubted = dict[int, OpenLeaf](), list[Extent]()
+        for offset, buffer in self._fetched([*self._changes.of_all(extents)]):
+            if self._changes.are_whole(offset, offset + len(buffer)):
+                yield offset, buffer
+                continue
+            for leaf, at, part in _by_leaf(offset, buffer):
+                start = leaf * LEAF_BYTES
+                if self._changes.are_whole(start, start + 1):
+                    yield start + at, part
+                elif self._open(begun, leaf).put(at, part):
+                    with self._leaves.memory(LEAF_BYTES) as memory:
+                        if content := self._with_rest(leaf, begun.pop(leaf).content, memory):
+                            yield start, content
+                        else:
+                            doubted.append(leaf_extent(leaf, size=self.size))
+        yield from self._fetched(merged(doubted))
 
     def interrupt(self) -> None:
         self._from.interrupt()
 
-    def _with_rest(
-        self, leaf: int, parts: Sequence[tuple[int, memoryview]]
-    ) -> Generator[tuple[int, memoryview | Hole], None, None]:
-        """Yield `parts` of a leaf, and its rest as it is here, or, if that is not what it was, as the source has it.
+    def _open(self, begun: dict[int, OpenLeaf], leaf: int) -> OpenLeaf:
+        """Return a leaf that changed in part, with gaps where its changes belong."""
+        if leaf not in begun:
+            whole = leaf_extent(leaf, size=self.size)
+            gaps = [(a - whole.start, b - whole.start) for a, b in self._changes.within(whole.start, whole.end)]
+            begun[leaf] = OpenLeaf(memoryview(bytearray(whole.length)), gaps)
+        return begun[leaf]
 
-        Where the two are all of the leaf, they are one.
-        """
-        kept = self._changes.kept(leaf)
-        if not kept:
-            yield from parts
-            return
+    def _with_rest(self, leaf: int, changed: memoryview, memory: memoryview) -> memoryview | None:
+        """Return a leaf, in `memory`: what changed, and the rest as it is here; None where that is not what it was."""
         whole = leaf_extent(leaf, size=self.size)
-        with self._leaves.memory(LEAF_BYTES) as memory:
-            content = memory[: whole.length]
-            self._image.read_into(whole.start, content)
-            with self._lock:
-                self.read_here_bytes += whole.length
-            if self._digests.record_of(content) == self._digests.get(leaf):
-                for start, part in parts:
-                    content[start - whole.start : start - whole.start + len(part)] = part
-                self._note(leaf, parts, whole.length - sum(each.length for each in kept))
-                got = [(start, start + len(part)) for start, part in parts]
-                for start, end in runs_of([*got, *((each.start, each.end) for each in kept)]):
-                    yield start, content[start - whole.start : end - whole.start]
-                return
-        self._changes.doubt(leaf)
-        yield from parts
-        for run in runs_within(kept, most=1, most_bytes=HELD_BYTES):
-            with self._held.memory(HELD_BYTES) as memory:
-                yield from self._fetched(run, memory)
+        content = memory[: whole.length]
+        self._image.read_into(whole.start, content)
+        with self._lock:
+            self.read_here_bytes += whole.length
+        if self._digests.record_of(content) != self._digests.get(leaf):
+            self._changes.doubt(leaf)
+            return None
+        parts = [slice(a - whole.start, b - whole.start) for a, b in self._changes.within(whole.start, whole.end)]
+        for part in parts:
+            content[part] = changed[part]
+        if self._written:
+            self._written.note(leaf, self._digests.record_of(b"".join(changed[part] for part in parts)))
+        return content
 
-    def _note(self, leaf: int, parts: Sequence[tuple[int, memoryview]], length: int) -> None:
-        """Keep a record of the parts of a leaf, where they are all `length` bytes that it has of them."""
-        if self._written and sum(len(part) for _, part in parts) == length:
-            content = parts[0][1] if len(parts) == 1 else b"".join(part for _, part in parts)
-            self._written.note(leaf, self._digests.record_of(content))
+    def _fetched(self, extents: Sequence[Extent]) -> Parts:
+        for stream in self._streams(extents):
+            with closing(stream):
+                for offset, buffer in stream:
+                    with self._lock:
+                        self.fetched_bytes += len(buffer)
+                    yield offset, buffer
 
-    def _fetched(self, run: Sequence[Extent], memory: memoryview) -> list[tuple[int, memoryview]]:
-        """Return the bytes of `run`, in `memory`: taken at once, so that the connection is free for the next."""
-        held = Held(run, memory)
-        with self._turns:
-            for stream in self._streams(run):
-                for offset, buffer in self._counted(stream):
-                    held.put(offset, buffer)
-        return held.parts()
-
-    def _streams(self, run: Sequence[Extent]) -> Iterator[Generator[tuple[int, memoryview | Hole], None, None]]:
-        if len(run) > 1 and isinstance(self._from, Scattered):
-            yield self._from.stream_scattered(run)
+    def _streams(self, extents: Sequence[Extent]) -> Iterator[Parts]:
+        if len(extents) > 1 and isinstance(self._from, Scattered):
+            yield self._from.stream_scattered(extents)
         else:
-            yield from map(self._from.stream, run)
-
-    def _counted(
-        self, opened: Generator[tuple[int, memoryview | Hole], None, None]
-    ) -> Generator[tuple[int, memoryview | Hole], None, None]:
-        with closing(opened) as stream:
-            for offset, buffer in stream:
-                with self._lock:
-                    self.fetched_bytes += len(buffer)
-                yield offset, buffer
+            yield from map(self._from.stream, extents)
 
 
 class _OfTheSource:
@@ -224,18 +193,13 @@ class _OfTheSource:
         return self._rate.delay(came)
 
 
-def _by_leaf(parts: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[int, list[tuple[int, memoryview]]]]:
-    """Yield each leaf that has any of `parts` (sorted) with what it has of them, one that lies in several cut up."""
-
-    def cut() -> Iterator[tuple[int, memoryview]]:
-        for start, content in parts:
-            while content:
-                length = min(len(content), LEAF_BYTES - start % LEAF_BYTES)
-                yield start, content[:length]
-                start, content = start + length, content[length:]
-
-    for leaf, mine in groupby(cut(), key=lambda part: part[0] // LEAF_BYTES):
-        yield leaf, list(mine)
+def _by_leaf(offset: int, buffer: Streamed) -> Iterator[tuple[int, int, Streamed]]:
+    """Cut up what came; yield `(leaf, offset in it, bytes)`."""
+    while buffer:
+        leaf, at = divmod(offset, LEAF_BYTES)
+        part, buffer = buffer[: LEAF_BYTES - at], buffer[LEAF_BYTES - at :]
+        yield leaf, at, part
+        offset += len(part)
 
 
 class _Writing:
@@ -287,19 +251,19 @@ class _Fetched(_Writing):
         self._changes = changes
 
     def parts(self, offset: int, content: memoryview) -> Iterable[tuple[int, memoryview]]:
-        for extent in self._changes.within(Extent(start=offset, length=len(content))):
-            yield extent.start, content[extent.start - offset : extent.end - offset]
+        for start, end in self._changes.within(offset, offset + len(content)):
+            yield start, content[start - offset : end - offset]
 
 
 class _Differing(_Writing):
-    """Writes what is not here already, cluster by cluster."""
+    """Writes what is not here already, leaf by leaf."""
 
     def parts(self, offset: int, content: memoryview) -> Iterable[tuple[int, memoryview]]:
         here = bytearray(len(content))
         self._image.read_into(offset, memoryview(here))
         with self._lock:
             self.read_here_bytes += len(here)
-        for at in range(0, len(content), CLUSTER_BYTES):
-            part = content[at : at + CLUSTER_BYTES]
+        for at in range(0, len(content), LEAF_BYTES):
+            part = content[at : at + LEAF_BYTES]
             if not here.startswith(part, at):  # one memcmp; comparing memoryviews costs 70 times that
                 yield offset + at, part

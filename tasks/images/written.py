@@ -98,9 +98,10 @@ def _runs(piece: Extent, written: Written) -> Iterable[tuple[bool, Sequence[int]
 def _leaf(client: NbdClient, leaf: int, written: Written, digests: Digests) -> tuple[list[int], int]:
     """Return a leaf if the parts of it that were written differ, and how many bytes these are."""
     content, at = memoryview(bytearray(LEAF_BYTES)), 0
-    for part in written.changes.within(leaf_extent(leaf, size=digests.size)):
-        client.read_into(part.start, content[at : at + part.length])
-        at += part.length
+    whole = leaf_extent(leaf, size=digests.size)
+    for start, end in written.changes.within(whole.start, whole.end):
+        client.read_into(start, content[at : at + end - start])
+        at += end - start
     same = digests.record_of(content[:at]) == written.record(leaf)
     return ([] if same else [leaf]), at
 

@@ -62,7 +62,7 @@ def parts_of(
     Nothing is copied. Raises FalseParts where ranges and bytes do not fit each other, a file of `size` bytes, or what
     was asked for; OneEach where they do, and are joined, left out or in another order (RFC 9110, section 15.3.7.2).
     """
-    whole, found = memoryview(body)[:length], list[tuple[Extent, memoryview]]()
+    whole, found = memoryview(body)[:length], list[tuple[int, int, memoryview]]()
     at = body.find(boundary, 0, min(PART_HEAD_BYTES, length))
     while at >= 0 and whole[at : at + len(boundary)] == boundary:
         at += len(boundary)
@@ -71,16 +71,17 @@ def parts_of(
         head_end = body.find(b"\r\n\r\n", at, min(at + PART_HEAD_BYTES, length))
         if head_end < 0:
             raise FalseParts("a part of its reply has no end of a head")
-        extent = _range_of(bytes(whole[at : head_end + 2]), size)
-        at = head_end + 4 + extent.length
-        found.append((extent, whole[head_end + 4 : at]))
+        start, end = _range_of(bytes(whole[at : head_end + 2]), size)
+        at = head_end + 4 + end - start
+        found.append((start, end, whole[head_end + 4 : at]))
         if bytes(whole[at : at + 2]) != b"\r\n":
-            raise FalseParts(f"a part of its reply is not as long as it says (bytes {extent.start}-{extent.end - 1})")
+            raise FalseParts(f"a part of its reply is not as long as it says (bytes {start}-{end - 1})")
         at += 2
     raise FalseParts("a part of its reply is not where the one before it ends, or the last one is missing")
 
 
-def _range_of(head: bytes, size: int) -> Extent:
+def _range_of(head: bytes, size: int) -> tuple[int, int]:
+    """Return where the bytes of a part begin and end."""
     match = _RANGE.search(head.replace(b"\r\n", b"\n"))
     if not match:
         raise FalseParts("a part of its reply does not say which bytes it has")
@@ -89,17 +90,16 @@ def _range_of(head: bytes, size: int) -> Extent:
         raise FalseParts(f"a part of its reply is of a file of {total} bytes, not of {size}")
     if not first <= last < size:
         raise FalseParts(f"a part of its reply has bytes {first}-{last}")
-    return Extent(start=first, length=last + 1 - first)
+    return first, last + 1
 
 
-def _as_asked(found: Sequence[tuple[Extent, memoryview]], extents: Sequence[Extent]) -> list[tuple[int, memoryview]]:
-    got = [extent for extent, _ in found]
-    if got == list(extents):
-        return [(extent.start, content) for extent, content in found]
-    ordered = sorted(got, key=lambda extent: extent.start)
-    for each, after in pairwise(ordered):
-        if after.start < each.end:
-            raise FalseParts(f"it sends bytes {after.start}-{min(each.end, after.end) - 1} twice")
-    if ordered and not extents[0].start <= ordered[0].start <= ordered[-1].end <= extents[-1].end:
-        raise FalseParts(f"it sends bytes {ordered[0].start}-{ordered[-1].end - 1}, which nobody asked for")
-    raise OneEach(f"it answers {len(extents)} ranges with {len(got)} parts that are not just these, in their order")
+def _as_asked(found: Sequence[tuple[int, int, memoryview]], extents: Sequence[Extent]) -> list[tuple[int, memoryview]]:
+    if [(start, end) for start, end, _ in found] == [(extent.start, extent.end) for extent in extents]:
+        return [(start, content) for start, _, content in found]
+    ordered = sorted((start, end) for start, end, _ in found)
+    for (_, end), (start, after) in pairwise(ordered):
+        if start < end:
+            raise FalseParts(f"it sends bytes {start}-{min(end, after) - 1} twice")
+    if ordered and not extents[0].start <= ordered[0][0] <= ordered[-1][1] <= extents[-1].end:
+        raise FalseParts(f"it sends bytes {ordered[0][0]}-{ordered[-1][1] - 1}, which nobody asked for")
+    raise OneEach(f"it answers {len(extents)} ranges with {len(found)} parts that are not just these, in their order")
