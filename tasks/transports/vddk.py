@@ -46,11 +46,13 @@ from tasks.transports.vddk_library import find_library
 from tasks.transports.vddk_process import Lane, Refused, Worker, worker_of
 
 LEAF_BYTES = 256 * 1024  # requests and chunks are of whole ones: what the copy loop works in
-REQUEST_BYTES = 2 * 1024 * 1024  # the most that is asked for at once
+REQUEST_BYTES = 2 * 1024 * 1024  # the most that is asked of the library at once
+SLOT_BYTES = 2 * REQUEST_BYTES  # what comes at once: half the words between the processes
 DEPTH = 4
-AHEAD = 4  # requests of a thread under way: more than it takes, so that the library never waits for us
+AHEAD = 2  # slots of a thread under way: more than it takes, so that the library never waits for us
 SLOTS = AHEAD * DEPTH
 EXTENT_BYTES = 32 * 1024 * 1024  # at the end of each there is less under way; but small disks have few
+BATCH = EXTENT_BYTES // LEAF_BYTES  # extents in one go, the smallest ones: none is waited for by itself
 OPEN_TIMEOUT_S = 180.0  # the library's own attempts to reach a host take a minute each
 READ_TIMEOUT_S = 120.0
 MEMORY_ATTEMPTS, MEMORY_WAIT_S = 5, 2.0  # of opening, where the host has no memory for one more session
@@ -88,7 +90,7 @@ class VddkDisk(Value):
 
 
 class VddkReader:
-    """A disk behind VDDK. See `tasks.reader.Reader`; `allocated` says what of it is worth asking for.
+    """A disk behind VDDK. See `tasks.reader.Reader` and `Scattered`; `allocated` says what of it is worth asking for.
 
     when_full: called each time that the host has no memory for one more session, before it is asked again.
     Enter it in a thread that lives as long: the worker dies with that one. Entering raises VddkUnavailable,
@@ -97,6 +99,7 @@ class VddkReader:
 
     depth = DEPTH
     preferred_extent_bytes = EXTENT_BYTES
+    batch = BATCH
     road = "vddk"
 
     def __init__(
@@ -144,26 +147,33 @@ class VddkReader:
 
     def stream(self, extent: Extent) -> Generator[tuple[int, memoryview], None, None]:
         """Yield the bytes of `extent` as they come, the next requests under way. See `tasks.reader.Reader`."""
+        return self.stream_scattered([extent])
+
+    def stream_scattered(self, extents: Sequence[Extent]) -> Generator[tuple[int, memoryview], None, None]:
+        """Yield what `stream` yields of each, the requests of the next ones under way too."""
         self._mend()
-        wanted, under_way = deque(cut(extent, REQUEST_BYTES)), dict[int, Extent]()
-        lane = self._lane(extent)
+        wanted = deque(request for extent in extents for request in cut(extent, SLOT_BYTES))
+        first, under_way = extents[0], dict[int, Extent]()
+        lane = self._lane(first)
         try:
             while wanted or under_way:
                 while lane.free and wanted:
                     slot = lane.free.pop()
                     under_way[slot] = wanted.popleft()
                     self._worker.read(under_way[slot], slot)
-                slot, refused = self._ended(lane, extent)
+                slot, refused = self._ended(lane, first)
                 lane.free.append(slot)
                 request = under_way.pop(slot, None)
                 if not request:  # it was asked for by one who did not wait for it
                     continue
                 if refused:
                     raise self._fault(refused) from refused
-                start = slot * REQUEST_BYTES
+                start = slot * SLOT_BYTES
                 yield request.start, self._memory[start : start + request.length]
         finally:
             self._lanes.put(lane)
+
+    stream_batch = stream_scattered  # what `tasks.images.copy.InBatches` calls it
 
     def interrupt(self) -> None:
         """Wake every thread that waits for the worker, with TransientFault."""
@@ -177,7 +187,7 @@ class VddkReader:
         """
         self._library = find_library(self._disk.settings.libdir)
         with ExitStack() as stack:
-            fd, _ = stack.enter_context(_ring(SLOTS * REQUEST_BYTES))
+            fd, _ = stack.enter_context(_ring(SLOTS * SLOT_BYTES))
             return self._released(self._wishes(fd, stack))
 
     # ── opening ──────────────────────────────────────────────────────────────────────────────────────
@@ -185,7 +195,7 @@ class VddkReader:
     def _open(self, stack: ExitStack) -> None:
         """Start a worker and have it open the disk; both stay with `stack`."""
         with ExitStack() as mine:
-            fd, self._memory = mine.enter_context(_ring(SLOTS * REQUEST_BYTES))
+            fd, self._memory = mine.enter_context(_ring(SLOTS * SLOT_BYTES))
             lanes = [mine.enter_context(Lane(range(n * AHEAD, (n + 1) * AHEAD))) for n in range(DEPTH)]
             wishes = self._wishes(fd, mine)
             wishes["answer_fds"] = [lane.theirs.fileno() for lane in lanes for _ in lane.slots]
@@ -245,7 +255,8 @@ class VddkReader:
             "identity": disk.identity,
             "ring_fd": ring_fd,
             "slots": SLOTS,
-            "slot_bytes": REQUEST_BYTES,
+            "slot_bytes": SLOT_BYTES,
+            "request_bytes": REQUEST_BYTES,
         }
 
     def _opened(self, opening: Future[dict[str, Any]]) -> dict[str, Any]:

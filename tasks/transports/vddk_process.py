@@ -95,7 +95,7 @@ class Worker:
     def read(self, request: Extent, slot: int) -> None:
         """Have the bytes of `request` put into a slot of the ring."""
         start, count = request.start // SECTOR_BYTES, -(-request.length // SECTOR_BYTES)
-        self._write(b"[%d, %d, %d]\n" % (slot, start, count))
+        self._write(b"%d %d %d\n" % (slot, start, count))
 
     def ended(self, lane: Lane) -> tuple[int, Refused | None]:
         """Return the slot of a read that ended, and what was wrong. Raises TimeoutError, after `POLL_S`."""
@@ -105,8 +105,10 @@ class Worker:
             raise TimeoutError from None
         if not answer:
             raise self._why()
+        if len(answer) == 1:
+            return answer[0], None
         told = json.loads(answer)
-        return (told, None) if isinstance(told, int) else (told["slot"], Refused(told["error"], told["generation"]))
+        return told["slot"], Refused(told["error"], told["generation"])
 
     def allocated(self, size: int, *, chunk_bytes: int) -> Future[list[tuple[int, int]]]:
         """Ask for the runs of allocated sectors; what is left of a chunk at the end of the disk counts as one."""

@@ -1,14 +1,14 @@
 """The process in which VDDK runs, one disk a process: started by `tasks.transports.vddk`, never imported by it.
 
 Its stdin begins with a line of JSON that says what to open, then a command a line; each is answered on stdout by a
-line with the same `id`. Reads, of which there are many, are `[slot, sector, sectors]`: the bytes land in that slot of
-shared memory, and the slot's number, or an object with it and the error, is sent on the socket that the first line
+line with the same `id`. Reads, of which there are many, are `slot sector sectors`: the bytes land in that slot of
+shared memory, and the slot's number, a byte, or JSON with it and the error, is sent on the socket that the first line
 names for the slot, in the order in which they end. What the library logs goes to stderr.
 
 The main thread makes every call: InitEx has to be the main thread's, opens, closes and queries one thread's
 (Programming Guide, "Multithreading Considerations"). Only the callbacks of ReadAsync come on threads of the library.
 
-    [0, 0, 4096]
+    0 0 4096
     {"id": 2, "op": "allocated", "chunk": 512, "sectors": 131072}     "blocks", in several answers, then a "rest"
     {"id": 3, "op": "reopen", "generation": 1}                        unless that has been done since
     {"id": 4, "op": "close"}
@@ -180,7 +180,10 @@ class Worker:
 
     def __init__(self, library: Library, disk: Disk, wishes: Command, out: IO[bytes]) -> None:
         self._library, self._disk, self._out = library, disk, out
-        self._slot_bytes, self._answer_fds = wishes["slot_bytes"], wishes["answer_fds"]
+        self._slot_bytes, self._request_bytes = wishes["slot_bytes"], wishes["request_bytes"]
+        self._answer_fds: list[int] = wishes["answer_fds"]
+        self._others = [list[int]() for _ in self._answer_fds]  # a slot's reads under way, but for one
+        self._failures: list[VixFailure | None] = [None for _ in self._answer_fds]
         whole = self._slot_bytes * wishes["slots"]
         self._ring = mmap.mmap(wishes["ring_fd"], whole, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._ring))
@@ -191,10 +194,9 @@ class Worker:
     def serve(self, commands: IO[str]) -> None:
         """Answer until told to close, or nobody is there any more to tell."""
         for line in commands:
-            command = json.loads(line)
-            if isinstance(command, list):
-                self._read(*command)
-            elif command["op"] == "close":
+            if not line.startswith("{"):
+                self._read(*map(int, line.split()))
+            elif (command := json.loads(line))["op"] == "close":
                 break
             else:
                 self._obey(command)
@@ -210,18 +212,21 @@ class Worker:
         tell(self._out, {"id": number} | what)
 
     def _read(self, slot: int, start: int, count: int) -> None:
-        """Read sectors into a slot; its answer goes where those for this slot do."""
-        try:
-            if not self._begun(slot, start, count):
-                self._completed(slot, 0)
-        except VixFailure as failure:
-            self._failed(slot, failure)
+        """Read sectors into a slot, in requests, which have one answer; it goes where those for this slot do."""
+        into, most = self._base + slot * self._slot_bytes, self._request_bytes // abi.SECTOR_BYTES
+        requests = range(0, count, most)
+        self._others[slot], self._failures[slot] = [*requests[1:]], None
+        for at in requests:
+            try:
+                if not self._begun(slot, start + at, min(most, count - at), into + at * abi.SECTOR_BYTES):
+                    self._ended(slot)
+            except VixFailure as failure:
+                self._ended(slot, failure)
 
-    def _begun(self, slot: int, start: int, count: int) -> bool:
+    def _begun(self, slot: int, start: int, count: int, into: int) -> bool:
         """Tell whether the callback will say how it ended, else it has ended well. Raises VixFailure."""
         if not self._disk.handle:
             raise VixFailure("Read", 14011, "the disk is not open")
-        into = self._base + slot * self._slot_bytes
         if self._asynchronous:
             error = self._library.call("ReadAsync", self._disk.handle, start, count, into, self._callback, slot)
             if abi.code_of(error) == abi.ASYNC:
@@ -235,10 +240,7 @@ class Worker:
     def _completed(self, slot: int | None, error: int) -> None:
         """Tell how a read ended: by a thread of the library's, which passes no slot for the first one."""
         self._keep_thread()
-        if error:
-            self._failed(slot or 0, self._library.failure("ReadAsync", error))
-        else:
-            self._answer(slot or 0, b"%d" % (slot or 0))
+        self._ended(slot or 0, self._library.failure("ReadAsync", error) if error else None)
 
     def _keep_thread(self) -> None:
         """Have Python remember the thread of the library's that we are on.
@@ -251,11 +253,20 @@ class Worker:
             self._kept += 1
             ctypes.pythonapi.PyGILState_Ensure()
 
-    def _failed(self, slot: int, failure: VixFailure) -> None:
-        told = {"slot": slot, "error": failure.told, "generation": self._disk.generation}
-        self._answer(slot, json.dumps(told).encode())
+    def _ended(self, slot: int, failure: VixFailure | None = None) -> None:
+        """Note that a read has ended, and answer where it was the slot's last one."""
+        if failure:
+            self._failures[slot] = failure
+        try:
+            self._others[slot].pop()  # one step, whichever threads are at it
+        except IndexError:
+            self._answer(slot, self._failures[slot])
 
-    def _answer(self, slot: int, answer: bytes) -> None:
+    def _answer(self, slot: int, failure: VixFailure | None) -> None:
+        answer = b"%c" % slot
+        if failure:
+            told = {"slot": slot, "error": failure.told, "generation": self._disk.generation}
+            answer = json.dumps(told).encode()
         with suppress(BrokenPipeError, ConnectionError):  # nobody waits any more
             os.write(self._answer_fds[slot], answer)
 

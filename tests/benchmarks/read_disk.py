@@ -24,7 +24,7 @@ from tasks.models import Extent
 from tasks.reader import KnowsAllocated, Reader, aligned_buffer, cut
 from tasks.transports.nbd import NbdDisk, NbdReader
 from tasks.transports.ssh import SshDisk, SshReader
-from tasks.transports.vddk import REQUEST_BYTES, VddkDisk, VddkReader
+from tasks.transports.vddk import SLOT_BYTES, VddkDisk, VddkReader
 from tests.benchmarks.child import measured
 
 KINDS: dict[str, tuple[Any, Callable[[Any], Reader]]] = {
@@ -60,11 +60,12 @@ class Memory(threading.local):
     """Where a thread copies to, all its time: fresh memory costs more than filling it. Without the GIL meanwhile."""
 
     def __init__(self) -> None:
-        self._place = ctypes.c_char.from_buffer(aligned_buffer(REQUEST_BYTES))
+        self._place = ctypes.byref(ctypes.c_char.from_buffer(aligned_buffer(SLOT_BYTES)))
 
     def take(self, stream: Iterable[tuple[int, Any]]) -> None:
+        place = self._place
         for _, buffer in stream:
-            ctypes.memmove(ctypes.byref(self._place), ctypes.byref(ctypes.c_char.from_buffer(buffer)), len(buffer))
+            ctypes.memmove(place, ctypes.byref(ctypes.c_char.from_buffer(buffer)), len(buffer))
 
 
 def copy_all(reader: Reader, folder: Path) -> None:

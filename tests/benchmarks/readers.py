@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def vddk_cases(scratch: Path, image: Path) -> list[Row]:
-    """Ours through the stand-in for VDDK, which preads a file here; the C program preads the same."""
+    """Ours through the stand-in for VDDK, which preads a file here, all of it; the C program preads the same."""
     preads = scratch / "preads"
     source = Path(__file__).with_name("preads.c")
     subprocess.run(["gcc", "-O2", "-o", str(preads), str(source), "-lpthread"], check=True)

@@ -37,7 +37,7 @@ from tasks.models import Connection, Extent, Trust, VddkSettings
 from tasks.process import Stopped
 from tasks.reader import TransientFault
 from tasks.transports import vddk, vddk_process
-from tasks.transports.vddk import REQUEST_BYTES, VddkDisk, VddkReader
+from tasks.transports.vddk import SLOT_BYTES, VddkDisk, VddkReader
 from tests.labs import ROOT, VDDK, Lab, running_lab
 from tests.runs import children
 
@@ -131,23 +131,51 @@ def test_holes_between_what_is_allocated_cost_nothing(lab, disk, tmp_path):
     assert lab.stats()["bytes_served"] <= allocated + 2 * LEAF_BYTES  # a sample, which is read before
 
 
-def test_a_thread_has_four_requests_under_way_of_2_mib_at_most(disk, monkeypatch):
+@pytest.fixture
+def asked(monkeypatch) -> list[Extent]:
+    """What the worker was asked to read."""
     asked: list[Extent] = []
     ask = vddk_process.Worker.read
     monkeypatch.setattr(
         vddk_process.Worker, "read", lambda self, request, slot: asked.append(request) or ask(self, request, slot)
     )
+    return asked
+
+
+def test_a_thread_has_two_slots_under_way(disk, asked):
     with VddkReader(disk) as reader:
         whole = Extent(start=LEAF_BYTES, length=12 * 1024 * 1024)
         asked.clear()
         stream = reader.stream(whole)
         pieces = [(offset, len(buffer)) for offset, buffer in (next(stream),)]
-        assert len(asked) == 4
+        assert len(asked) == vddk.AHEAD == 2
         pieces += [(offset, len(buffer)) for offset, buffer in stream]
     assert sorted(pieces) == [(request.start, request.length) for request in asked]
-    assert asked[0] == Extent(start=LEAF_BYTES, length=REQUEST_BYTES - LEAF_BYTES)
+    assert asked[0] == Extent(start=LEAF_BYTES, length=SLOT_BYTES - LEAF_BYTES)
     assert sum(request.length for request in asked) == whole.length
-    assert max(request.length for request in asked) == REQUEST_BYTES
+    assert max(request.length for request in asked) == SLOT_BYTES
+
+
+def test_small_extents_are_under_way_together(disk, asked):
+    small = [Extent(start=at, length=LEAF_BYTES) for at in range(0, SIZE, SIZE // 16)]
+    with VddkReader(disk) as reader:
+        alone = [(offset, bytes(buffer)) for extent in small for offset, buffer in reader.stream(extent)]
+        asked.clear()
+        stream = reader.stream_scattered(small)
+        together = [(offset, bytes(buffer)) for offset, buffer in (next(stream),)]
+        assert asked == small[: vddk.AHEAD]
+        together += [(offset, bytes(buffer)) for offset, buffer in stream]
+    assert sorted(together) == alone
+
+
+@pytest.mark.parametrize("number", [2, 3])  # the first one is of the sample
+def test_a_slot_fails_with_any_of_its_requests(disk, monkeypatch, number):
+    monkeypatch.setenv("VIXLAB_FAIL_READ", f"{number}:16000")
+    slot = Extent(start=0, length=SLOT_BYTES)
+    with VddkReader(disk) as reader:
+        with pytest.raises(VddkFailed, match="VIX error 16000"):
+            list(reader.stream(slot))
+        assert [(offset, len(buffer)) for offset, buffer in reader.stream(slot)] == [(0, SLOT_BYTES)]
 
 
 def test_what_comes_for_one_who_did_not_wait_is_not_taken_by_the_next(disk, monkeypatch):
@@ -156,10 +184,10 @@ def test_what_comes_for_one_who_did_not_wait_is_not_taken_by_the_next(disk, monk
         whole = {offset: bytes(buffer) for offset, buffer in reader.stream(Extent(start=0, length=SIZE))}
         for number in range(3 * vddk.DEPTH):
             # a lane's turn comes again after all the others', with another place
-            part = Extent(start=number // vddk.DEPTH * 3 * REQUEST_BYTES, length=8 * 1024 * 1024)
+            part = Extent(start=number // vddk.DEPTH * 6 * 1024 * 1024, length=8 * 1024 * 1024)
             with closing(reader.stream(part)) as stream:
                 for offset, buffer in islice(stream, 1 if number % 3 else None):
-                    start = offset // REQUEST_BYTES * REQUEST_BYTES
+                    start = offset // SLOT_BYTES * SLOT_BYTES
                     assert bytes(buffer) == whole[start][offset - start :][: len(buffer)]
 
 
