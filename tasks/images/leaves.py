@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from operator import itemgetter
 
 from tasks.images.digests import LEAF_BYTES, Buffer, leaf_count
-from tasks.images.extents import whole_leaves
+from tasks.images.extents import runs_of, whole_leaves
 from tasks.models import Extent
 from tasks.reader import Hole, aligned_buffer
 
@@ -24,32 +26,25 @@ class Piece:
 
     def __init__(self, extents: Sequence[Extent], spare: list[memoryview] | None = None) -> None:
         self._end = extents[-1].end
-        self._missing = {
-            leaf for each in extents for leaf in range(each.start // LEAF_BYTES, -(-each.end // LEAF_BYTES))
-        }
+        self._missing = runs_of((each.start // LEAF_BYTES, leaf_count(each.end)) for each in extents)
         self._open: dict[int, OpenLeaf] = {}
         self._spare = [] if spare is None else spare
 
     @property
     def left(self) -> int:
         """How many leaves are not complete."""
-        return len(self._missing)
+        return sum(end - first for first, end in self._missing)
 
     @property
     def first_missing(self) -> int:
         """Offset of the first leaf that is not complete."""
-        return min(self._missing, default=self._end // LEAF_BYTES) * LEAF_BYTES
+        return self._missing[0][0] * LEAF_BYTES if self._missing else self._end
 
     def missing(self) -> list[Extent]:
         """Forget the leaves that are half there, and return what to ask for: all that is not complete."""
         self._open.clear()
-        runs: list[list[int]] = []
-        for leaf in sorted(self._missing):
-            if runs and runs[-1][-1] == leaf - 1:
-                runs[-1][-1] = leaf
-            else:
-                runs.append([leaf, leaf])
-        return [self._extent_of(first, last) for first, last in runs]
+        ends = ((first * LEAF_BYTES, min(end * LEAF_BYTES, self._end)) for first, end in self._missing)
+        return [Extent(start=start, length=end - start) for start, end in ends]
 
     def take(self, offset: int, buffer: memoryview | Hole) -> Iterator[tuple[int, Buffer | Hole]]:
         """Yield `(leaf, content)` for what `buffer` completes: the leaves from `leaf` on, the last perhaps a short one.
@@ -63,7 +58,7 @@ class Piece:
             whole = (0 if at else whole_leaves(offset, len(buffer), size=self._end)) or LEAF_BYTES - at
             part, buffer = buffer[:whole], buffer[whole:]
             leaves = range(leaf, leaf + leaf_count(at + len(part)))
-            if offset + len(part) > self._end or not self._missing.issuperset(leaves):
+            if offset + len(part) > self._end or not self._are_missing(leaves):
                 raise Misread(f"the source gave bytes at {offset} twice, or unasked")
             offset += len(part)
             if len(part) >= length:
@@ -79,11 +74,21 @@ class Piece:
         return self._open[leaf].put(at, part)
 
     def _complete(self, leaves: range, content: Buffer | Hole) -> tuple[int, Buffer | Hole]:
-        for leaf in leaves:
-            if leaf in self._open:
-                raise Misread(f"the source gave bytes of the leaf at {leaf * LEAF_BYTES} twice")
-        self._missing.difference_update(leaves)
+        if any(leaf in leaves for leaf in self._open):
+            raise Misread(f"the source gave bytes of a leaf from {leaves[0] * LEAF_BYTES} on twice")
+        at = self._run_of(leaves[0])
+        first, end = self._missing[at]
+        rest = ((first, leaves.start), (leaves.stop, end))
+        self._missing[at : at + 1] = [run for run in rest if run[0] < run[1]]
         return leaves[0], content
+
+    def _are_missing(self, leaves: range) -> bool:
+        at = self._run_of(leaves[0])
+        return at >= 0 and leaves.stop <= self._missing[at][1]
+
+    def _run_of(self, leaf: int) -> int:
+        """Return which run of missing leaves is the last that begins no later than `leaf`; -1 for none."""
+        return bisect_right(self._missing, leaf, key=itemgetter(0)) - 1
 
     def _memory(self, length: int) -> memoryview:
         with suppress(IndexError):  # several threads take from it
@@ -93,10 +98,6 @@ class Piece:
     def _keep(self, content: memoryview) -> None:
         if len(content) == LEAF_BYTES:
             self._spare.append(content)
-
-    def _extent_of(self, first: int, last: int) -> Extent:
-        start, end = first * LEAF_BYTES, min((last + 1) * LEAF_BYTES, self._end)
-        return Extent(start=start, length=end - start)
 
 
 class OpenLeaf:

@@ -209,9 +209,9 @@ def _records_in(
         check()
         content = buffer[: request.length]
         client.read_into(request.start, content)
-        for leaf in pieces([request], LEAF_BYTES):
-            start = leaf.start - request.start
-            yield leaf.start // LEAF_BYTES, record_of(content[start : start + leaf.length]), leaf.length
+        for at in range(0, request.length, LEAF_BYTES):
+            leaf = content[at : at + LEAF_BYTES]
+            yield (request.start + at) // LEAF_BYTES, record_of(leaf), len(leaf)
 
 
 def _allocated(client: NbdClient, piece: Extent) -> tuple[Extent, ...]:

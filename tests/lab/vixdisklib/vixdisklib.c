@@ -33,7 +33,6 @@
 
 #define THREADS 8 /* of a disk: how many asynchronous reads are under way at once */
 #define SECTOR ((uint64_t)VIXDISKLIB_SECTOR_SIZE)
-#define LONGEST 4096 /* sectors of a read */
 
 struct VixDiskLibConnectionStruct {
   struct server server;
@@ -236,7 +235,6 @@ static int from_file(int file, const struct read *read) {
 static int fetch(VixDiskLibHandle handle, struct link *link, const struct read *read) {
   char target[sizeof handle->query + 128];
   size_t length, wanted = read->count * SECTOR;
-  if (read->count > LONGEST) broken("reads are of 2 MiB at most");
   int code = misbehave();
   if (code) return code;
   if (handle->file >= 0) return from_file(handle->file, read);

@@ -1,3 +1,4 @@
+import tracemalloc
 from itertools import pairwise
 
 import pytest
@@ -32,6 +33,19 @@ def test_leaves_come_whole_and_once_from_cuts_in_any_order(data: st.DataObject) 
     assert b"".join(whole[leaf] for leaf in sorted(whole)) == CONTENT
     assert piece.left == 0
     assert piece.missing() == []
+
+
+def test_memory_does_not_grow_with_what_is_asked_for_at_once() -> None:
+    tracemalloc.start()
+    try:
+        piece = Piece([Extent(start=0, length=1 << 42)])
+        buffer = memoryview(bytes(LEAF_BYTES))
+        for leaf in range(1000):
+            assert len([*piece.take(2 * leaf * LEAF_BYTES, buffer)]) == 1
+        assert piece.left == (1 << 42) // LEAF_BYTES - 1000
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_leaf_that_lies_whole_in_a_buffer_is_not_copied() -> None:
