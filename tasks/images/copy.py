@@ -190,8 +190,7 @@ class _Copy:
 
     def _write(self, start: int, view: memoryview) -> bytes:
         """Write whole leaves, those of zeros as holes; return their records."""
-        records = [self._digests.record_of(view[at : at + LEAF_BYTES]) for at in range(0, len(view), LEAF_BYTES)]
-        at = 0
+        records, at = self._digests.records_of(view), 0
         for zeros, leaves in groupby(record == ZERO_RECORD for record in records):
             part = view[at : at + LEAF_BYTES * len(tuple(leaves))]
             if zeros:

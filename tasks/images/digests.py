@@ -77,6 +77,7 @@ class Digests:
         self.size = size
         self.algorithm: DigestName = algorithm
         self._fd = fd
+        self._hash = ALGORITHMS[algorithm].leaf
 
     @classmethod
     def create(cls, path: Path, *, size: int, algorithm: DigestName = "blake3") -> Self:
@@ -112,6 +113,12 @@ class Digests:
     def record_of(self, leaf: Buffer) -> bytes:
         """Return the record of one leaf's content, as this sidecar makes them."""
         return record_of(leaf, self.algorithm)
+
+    def records_of(self, leaves: memoryview) -> list[bytes]:
+        """Return the record of each leaf of some that follow each other. All that is copied comes by here."""
+        is_zero, record = _ZERO_LEAF.startswith, self._hash
+        parts = (leaves[at : at + LEAF_BYTES] for at in range(0, len(leaves), LEAF_BYTES))
+        return [ZERO_RECORD if is_zero(part) else record(part) for part in parts]
 
     def get(self, leaf: int) -> bytes:
         """Return the record of a leaf."""

@@ -42,7 +42,7 @@ from tasks.transports import bulk, ranges
 from tasks.transports.host import HostRefuses, HostRoad
 
 TIMEOUT_S = 10.0  # of connecting, of a read and of a write: longer than a stun of the VM, shorter than patience
-BUFFER_BYTES = 1024 * 1024  # four leaves
+BUFFER_BYTES = 4 * 1024 * 1024  # of which each is written by one call; a kill loses one a connection
 REQUEST_BYTES = 32 * 1024 * 1024
 TICKET_BYTES = 1024 * 1024 * 1024  # of a request that is worth a ticket
 PROBE_ATTEMPTS = 8  # a busy vCenter answers 503 for seconds, and a run that it ends here was not worth beginning
