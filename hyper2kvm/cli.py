@@ -251,7 +251,7 @@ def vsphere(
     against_source
         With verify: also read a random sample of each disk at the source, while it still holds what was copied.
     sample
-        With --against-source, and with warm-migrate in each round: leaves of 64 KiB to read of each disk.
+        With --against-source, and with warm-migrate in each round: leaves of 256 KiB to read of each disk.
     seed
         With --against-source: of the sample, to read the same one again; 0 is another each time.
     enable_cbt

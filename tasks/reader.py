@@ -110,7 +110,7 @@ class Reader(Protocol):
                 …
 
     size: capacity in bytes. depth: how many threads may call `stream` at once.
-    preferred_extent_bytes: how much to ask for in one `stream`; whole leaves.
+    preferred_extent_bytes: how much to ask for in one `stream`; a multiple of 256 KiB.
     road: the name of the road taken, road_reason: why that one, for logs and manifest; both may change until the end.
     source: what is read, for messages.
     Entering raises a class of `tasks.errors` where the disk cannot be read: before the first byte, by name.

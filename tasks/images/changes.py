@@ -1,7 +1,7 @@
 """Which bytes of a disk are fetched to bring a copy of it up to a later point in time. Arithmetic, nothing is read.
 
-CBT speaks of blocks of 64 KiB and more, which is what a leaf has; a road's own map, or a disk's odd end, may be finer.
-Of a leaf that changed in part the rest is here already, unless it is in doubt.
+CBT speaks of blocks of 64 KiB and more; digests are of leaves of 256 KiB. Of a leaf that changed in part the rest is
+here already, unless it is in doubt.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from tenacity import (
 
 from tasks.errors import IntegrityMismatch, TransferInterrupted
 from tasks.images.checkpoints import EVERY_BYTES, Checkpoints, Durable
-from tasks.images.digests import LEAF_BYTES, ZERO_RECORD, Buffer, Digests, leaf_count
+from tasks.images.digests import LEAF_BYTES, ZERO_RECORD, Buffer, Digests, is_zero, leaf_count
 from tasks.images.extents import check_plan, pieces
 from tasks.images.leaves import Misread, Piece
 from tasks.images.pool import Pool
@@ -34,6 +34,8 @@ from tasks.models import Extent, Value
 from tasks.rate import Paced
 from tasks.reader import Buffer as Streamed
 from tasks.reader import Hole, Reader, TransientFault, runs_within
+
+CLUSTER_BYTES = 64 * 1024  # of a qcow2, where nothing else is said: what a target has or has not
 
 _log = logging.getLogger(__name__)
 
@@ -189,10 +191,13 @@ class _Copy:
         self._checkpoints.landed(Extent(start=start, length=len(content)))
 
     def _write(self, start: int, view: memoryview) -> bytes:
-        """Write whole leaves, those of zeros as holes; return their records."""
-        records, at = self._digests.records_of(view), 0
-        for zeros, leaves in groupby(record == ZERO_RECORD for record in records):
-            part = view[at : at + LEAF_BYTES * len(tuple(leaves))]
+        """Write whole leaves, their clusters of zeros as holes; return their records."""
+        records = [self._digests.record_of(view[at : at + LEAF_BYTES]) for at in range(0, len(view), LEAF_BYTES)]
+        at = 0
+        for zeros, clusters in groupby(
+            is_zero(view[at : at + CLUSTER_BYTES]) for at in range(0, len(view), CLUSTER_BYTES)
+        ):
+            part = view[at : at + CLUSTER_BYTES * len(tuple(clusters))]
             if zeros:
                 self._writer.zero(start + at, len(part))
             else:

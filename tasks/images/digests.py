@@ -1,4 +1,4 @@
-"""The digest tree of an image: a BLAKE3 or SHA-256 record for each leaf of 64 KiB, in a sparse sidecar file.
+"""The digest tree of an image: a BLAKE3 or SHA-256 record for each leaf of 256 KiB, in a sparse sidecar file.
 
 It is of the guest-visible content, whatever the format of the image. An all-zero leaf has a record of zero
 bytes, so a hole in the disk is a hole in the sidecar. Which leaves are hashed, and when, is not decided here.
@@ -21,7 +21,7 @@ from tasks.models import DigestName
 
 Buffer = bytes | bytearray | memoryview
 
-LEAF_BYTES = 64 * 1024  # a block of CBT, and a cluster of qcow2: what changes, or is there, does so as a whole
+LEAF_BYTES = 256 * 1024
 RECORD_BYTES = 32
 ZERO_RECORD = bytes(RECORD_BYTES)
 HEADER_BYTES = 4096  # a page, so that records begin on a block of the file system
@@ -77,7 +77,6 @@ class Digests:
         self.size = size
         self.algorithm: DigestName = algorithm
         self._fd = fd
-        self._hash = ALGORITHMS[algorithm].leaf
 
     @classmethod
     def create(cls, path: Path, *, size: int, algorithm: DigestName = "blake3") -> Self:
@@ -113,12 +112,6 @@ class Digests:
     def record_of(self, leaf: Buffer) -> bytes:
         """Return the record of one leaf's content, as this sidecar makes them."""
         return record_of(leaf, self.algorithm)
-
-    def records_of(self, leaves: memoryview) -> list[bytes]:
-        """Return the record of each leaf of some that follow each other. All that is copied comes by here."""
-        is_zero, record = _ZERO_LEAF.startswith, self._hash
-        parts = (leaves[at : at + LEAF_BYTES] for at in range(0, len(leaves), LEAF_BYTES))
-        return [ZERO_RECORD if is_zero(part) else record(part) for part in parts]
 
     def get(self, leaf: int) -> bytes:
         """Return the record of a leaf."""

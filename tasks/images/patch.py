@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from tasks.images.changes import Changes
-from tasks.images.copy import CopyResult, Limits, copy
+from tasks.images.copy import CLUSTER_BYTES, CopyResult, Limits, copy
 from tasks.images.digests import LEAF_BYTES, Buffer, Digests
 from tasks.images.dirty import DirtyList
 from tasks.images.extents import leaf_extent, merged
@@ -118,7 +118,7 @@ class _Patched:
     def stream_batch(self, extents: Sequence[Extent]) -> Parts:
         """Yield the bytes of `extents`, whole leaves. See `tasks.images.copy.InBatches`.
 
-        A leaf that changed in part comes with its last change; one that is in doubt then, whole, after all the others.
+        A leaf that changed in part comes with its last change; the rest of one that is in doubt then, after all others.
         """
         begun, doubted = dict[int, OpenLeaf](), list[Extent]()
         for offset, buffer in self._fetched([*self._changes.of_all(extents)]):
@@ -130,11 +130,7 @@ class _Patched:
                 if self._changes.are_whole(start, start + 1):
                     yield start + at, part
                 elif self._open(begun, leaf).put(at, part):
-                    with self._leaves.memory(LEAF_BYTES) as memory:
-                        if content := self._with_rest(leaf, begun.pop(leaf).content, memory):
-                            yield start, content
-                        else:
-                            doubted.append(leaf_extent(leaf, size=self.size))
+                    yield from self._with_rest(leaf, begun.pop(leaf).content, doubted)
         yield from self._fetched(merged(doubted))
 
     def interrupt(self) -> None:
@@ -148,22 +144,26 @@ class _Patched:
             begun[leaf] = OpenLeaf(memoryview(bytearray(whole.length)), gaps)
         return begun[leaf]
 
-    def _with_rest(self, leaf: int, changed: memoryview, memory: memoryview) -> memoryview | None:
-        """Return a leaf, in `memory`: what changed, and the rest as it is here; None where that is not what it was."""
+    def _with_rest(self, leaf: int, changed: memoryview, doubted: list[Extent]) -> Parts:
+        """Yield a leaf: what changed, and the rest as it is here; that is `doubted` and left out if it changed too."""
         whole = leaf_extent(leaf, size=self.size)
-        content = memory[: whole.length]
-        self._image.read_into(whole.start, content)
-        with self._lock:
-            self.read_here_bytes += whole.length
-        if self._digests.record_of(content) != self._digests.get(leaf):
-            self._changes.doubt(leaf)
-            return None
-        parts = [slice(a - whole.start, b - whole.start) for a, b in self._changes.within(whole.start, whole.end)]
-        for part in parts:
-            content[part] = changed[part]
-        if self._written:
-            self._written.note(leaf, self._digests.record_of(b"".join(changed[part] for part in parts)))
-        return content
+        runs = self._changes.within(whole.start, whole.end)
+        parts = [changed[start - whole.start : end - whole.start] for start, end in runs]
+        with self._leaves.memory(LEAF_BYTES) as memory:
+            content = memory[: whole.length]
+            self._image.read_into(whole.start, content)
+            with self._lock:
+                self.read_here_bytes += whole.length
+            if self._digests.record_of(content) == self._digests.get(leaf):
+                for (start, end), part in zip(runs, parts, strict=True):
+                    content[start - whole.start : end - whole.start] = part
+                if self._written:
+                    self._written.note(leaf, self._digests.record_of(b"".join(parts)))
+                yield whole.start, content
+                return
+        doubted += (Extent(start=start, length=end - start) for start, end in self._changes.kept(leaf))
+        self._changes.doubt(leaf)
+        yield from ((start, part) for (start, _), part in zip(runs, parts, strict=True))
 
     def _fetched(self, extents: Sequence[Extent]) -> Parts:
         for stream in self._streams(extents):
@@ -256,14 +256,14 @@ class _Fetched(_Writing):
 
 
 class _Differing(_Writing):
-    """Writes what is not here already, leaf by leaf."""
+    """Writes what is not here already, cluster by cluster."""
 
     def parts(self, offset: int, content: memoryview) -> Iterable[tuple[int, memoryview]]:
         here = bytearray(len(content))
         self._image.read_into(offset, memoryview(here))
         with self._lock:
             self.read_here_bytes += len(here)
-        for at in range(0, len(content), LEAF_BYTES):
-            part = content[at : at + LEAF_BYTES]
+        for at in range(0, len(content), CLUSTER_BYTES):
+            part = content[at : at + CLUSTER_BYTES]
             if not here.startswith(part, at):  # one memcmp; comparing memoryviews costs 70 times that
                 yield offset + at, part

@@ -154,7 +154,7 @@ class VerifyJob(BaseModel):
     sample: int = Field(
         default=64,
         title="Sample",
-        description="How many leaves of 64 KiB of each disk are read at the source.",
+        description="How many leaves of 256 KiB of each disk are read at the source.",
         examples=[64],
         ge=1,
         le=1_000_000,

@@ -212,7 +212,7 @@ class WarmJob(SyncJob, StartableJob):
     sample: int = Field(
         default=64,
         title="Sample",
-        description="How many leaves of 64 KiB of each disk are read at the source again each round, and compared.",
+        description="How many leaves of 256 KiB of each disk are read at the source again each round, and compared.",
         examples=[64],
         ge=1,
         le=1_000_000,

@@ -92,7 +92,7 @@ def test_the_journal_comes_after_the_digests_and_these_after_the_data(tmp_path: 
 
 
 def test_after_a_fault_only_missing_leaves_are_asked_for(tmp_path: Path) -> None:
-    fault = (2 * LEAF_BYTES + LEAF_BYTES // 3, TransientFault("reset"))
+    fault = (2 * LEAF_BYTES + 100_000, TransientFault("reset"))
     reader, writer = FakeReader(CONTENT, faults=[fault]), FakeWriter(len(CONTENT))
     run(tmp_path, reader, writer)
     assert writer.content == CONTENT

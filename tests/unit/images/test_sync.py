@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,19 +29,11 @@ from tests.unit.images.dying import CALLS, every_death, killed
 from tests.unit.images.fakes import FakeReader, leaves
 from tests.unit.images.test_manifest import VM
 
-BLOCK = LEAF_BYTES // 4  # finer than CBT's, so that leaves change in part
+BLOCK = 64 * 1024
 CONTENT = leaves("ab0c0de", tail=5 * 512)
 SIZE = len(CONTENT)
 MEMORY = "/dev/shm"  # where fsync takes no time: thousands of them
 LIMITS = Limits(threads=2, attempts=3, first_wait_s=0.001, longest_wait_s=0.002, checkpoint_bytes=LEAF_BYTES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_gaps() -> Iterator[None]:
-    """What is worth reading along is scaled as the disk is, or all of it would be."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tasks.images.base.GAP_BYTES", 2 * BLOCK)
-        yield
 
 
 class Source:
@@ -196,10 +188,10 @@ def test_only_what_changed_is_fetched_and_written(tmp_path: Path, form: ArrivalF
     source.write(3 * BLOCK + 7, b"x" * 100)
     source.write(LEAF_BYTES * 5 - 5, b"y" * 10)
     source.write(SIZE - 3, b"end")
-    source.write(LEAF_BYTES, bytes(LEAF_BYTES))
+    source.write(LEAF_BYTES, bytes(BLOCK))
     synced = sync(tmp_path, source, source.point())
     assert synced.how == "changes"
-    assert synced.image.bytes_transferred == synced.changed_bytes == LEAF_BYTES + 3 * BLOCK + 5 * 512
+    assert synced.image.bytes_transferred == synced.changed_bytes == 4 * BLOCK + 5 * 512
     assert synced.written_bytes == 3 * BLOCK + 5 * 512  # the zeros are a hole
     assert synced.read_here_bytes <= 5 * synced.changed_bytes
     assert_counts(tmp_path, source)
@@ -221,7 +213,7 @@ def test_where_nobody_knows_what_changed_only_what_differs_is_written(tmp_path: 
     source.write(7 * BLOCK, b"z" * 5)
     source.reset()
     synced = sync(tmp_path, source, source.point())
-    assert (synced.how, synced.image.bytes_transferred, synced.written_bytes) == ("everything", SIZE, LEAF_BYTES)
+    assert (synced.how, synced.image.bytes_transferred, synced.written_bytes) == ("everything", SIZE, BLOCK)
     assert "reset" in synced.why
     assert_counts(tmp_path, source)
 
@@ -234,7 +226,7 @@ def test_a_disk_put_back_with_its_tracking_is_read_whole(tmp_path: Path) -> None
     source.restore(1)
     source.write(5 * BLOCK, b"written since")
     synced = sync(tmp_path, source, source.point())
-    assert (synced.how, synced.written_bytes) == ("everything", 2 * LEAF_BYTES)
+    assert (synced.how, synced.written_bytes) == ("everything", 2 * BLOCK)
     assert "put back to an older state" in synced.why
     assert_counts(tmp_path, source)
 
@@ -301,7 +293,7 @@ def test_a_disk_that_grew_is_read_whole_and_only_what_differs_is_written(
     synced = sync(tmp_path, source, source.point())
     assert (synced.how, synced.image.bytes_transferred) == ("everything", source.size)
     assert f"resized from {SIZE} to {source.size}" in synced.why
-    assert synced.written_bytes <= 2 * LEAF_BYTES
+    assert synced.written_bytes <= 2 * BLOCK
     assert_counts(tmp_path, source)
     source.write(source.size - 7, b"again")
     assert sync(tmp_path, source, source.point()).how == "changes"

@@ -45,7 +45,7 @@ def test_a_flipped_bit_in_a_raw_target_is_found(tmp_path: Path, offset: int) -> 
     with pytest.raises(IntegrityMismatch) as raised:
         read_back(path, "raw")
     assert (
-        raised.value.where == f"1 leaves of 65536 bytes differ, the first at byte {offset // LEAF_BYTES * LEAF_BYTES}"
+        raised.value.where == f"1 leaves of 262144 bytes differ, the first at byte {offset // LEAF_BYTES * LEAF_BYTES}"
     )
 
 
@@ -71,7 +71,7 @@ def test_data_where_the_record_says_zero_is_found(tmp_path: Path) -> None:
     with Digests.open(tmp_path / "x.digests", writable=True) as digests:
         digests.put(0, ZERO_RECORD)
         digests.put(1, ZERO_RECORD)
-    with pytest.raises(IntegrityMismatch, match="2 leaves of 65536 bytes differ, the first at byte 0"):
+    with pytest.raises(IntegrityMismatch, match="2 leaves of 262144 bytes differ, the first at byte 0"):
         read_back(path, "qcow2")
 
 
@@ -118,7 +118,7 @@ def test_bad_leaves_are_counted_over_all_pieces(tmp_path: Path, monkeypatch: pyt
     path = copied(tmp_path, "raw")
     for leaf in (46, 3, 20):
         flip(path, leaf * LEAF_BYTES)
-    with pytest.raises(IntegrityMismatch, match=f"3 leaves of 65536 bytes differ, the first at byte {3 * LEAF_BYTES}"):
+    with pytest.raises(IntegrityMismatch, match=f"3 leaves of 262144 bytes differ, the first at byte {3 * LEAF_BYTES}"):
         read_back(path, "raw")
 
 

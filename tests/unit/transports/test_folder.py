@@ -331,10 +331,10 @@ def test_a_refusal_is_named(server: Server, status: int, error: type[Hyper2KvmEr
 @pytest.mark.parametrize(
     ("headers", "reason"),
     [
-        ({"total": "99999999"}, "has 99999999 bytes, not the 393728 expected"),
+        ({"total": "99999999"}, "has 99999999 bytes, not the 1573376 expected"),
         ({"total": "*"}, "ignores Range"),
         ({"Content_Encoding": "gzip"}, "encodes what it sends"),
-        ({"Content_Range": "bytes 512-1023/393728"}, "ignores Range|sent bytes"),
+        ({"Content_Range": "bytes 512-1023/1573376"}, "ignores Range|sent bytes"),
     ],
 )
 def test_a_reply_that_is_not_what_was_asked_for_is_refused(
@@ -393,7 +393,7 @@ def test_a_copy_asks_only_for_what_a_cut_reply_left_out(server: Server, tmp_path
         server.script.append(cut)
         copy_to(tmp_path / "x", source)
     ranges = [headers["Range"] for _, headers in server.requests]
-    assert ranges == ["bytes=0-511", f"bytes=0-{len(CONTENT) - 1}", f"bytes=196608-{len(CONTENT) - 1}"]
+    assert ranges == ["bytes=0-511", f"bytes=0-{len(CONTENT) - 1}", f"bytes=786432-{len(CONTENT) - 1}"]
 
 
 @pytest.mark.parametrize(("header", "wait_s"), [("7", 7), ("3600", 30), ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("", 0)])
