@@ -33,7 +33,7 @@ from tasks.images.writer import Writer
 from tasks.models import Extent, Value
 from tasks.rate import Paced
 from tasks.reader import Buffer as Streamed
-from tasks.reader import Hole, Reader, TransientFault, runs_within
+from tasks.reader import Hole, Reader, Scattered, TransientFault, runs_within
 
 CLUSTER_BYTES = 64 * 1024  # of a qcow2, where nothing else is said: what a target has or has not
 
@@ -56,14 +56,10 @@ class Limits(Value):
 
 
 @runtime_checkable
-class InBatches(Protocol):
+class InBatches(Scattered, Protocol):
     """A reader that is better asked for several extents than for one: a thread takes up to `batch` of them at once."""
 
     batch: int
-
-    def stream_batch(self, extents: Sequence[Extent]) -> Generator[tuple[int, Streamed], None, None]:
-        """Yield what `stream` yields of each of `extents` (whole leaves, sorted), in any order."""
-        ...
 
 
 class CopyResult(Value):
@@ -172,7 +168,7 @@ class _Copy:
 
     def _streams(self, extents: Sequence[Extent]) -> Iterator[Generator[tuple[int, Streamed], None, None]]:
         if isinstance(self._reader, InBatches):
-            yield self._reader.stream_batch(extents)
+            yield self._reader.stream_scattered(extents)
         else:
             yield from map(self._reader.stream, extents)
 

@@ -48,14 +48,6 @@ def leaf_aligned(extents: Iterable[Extent], *, size: int) -> tuple[Extent, ...]:
     return merged(map(wide, extents))
 
 
-def whole_leaves(start: int, length: int, *, size: int) -> int:
-    """Return how many of `length` bytes from `start`, the beginning of a leaf, are whole ones, the last perhaps short.
-
-    `size`: where the last leaf ends, in bytes.
-    """
-    return length if start + length == size else length // LEAF_BYTES * LEAF_BYTES
-
-
 def without(extents: Iterable[Extent], others: Iterable[Extent]) -> tuple[Extent, ...]:
     """Return what is in `extents` and not in `others`, sorted."""
     rest: list[Extent] = []

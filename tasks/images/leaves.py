@@ -8,7 +8,7 @@ from contextlib import suppress
 from operator import itemgetter
 
 from tasks.images.digests import LEAF_BYTES, Buffer, leaf_count
-from tasks.images.extents import runs_of, whole_leaves
+from tasks.images.extents import runs_of
 from tasks.models import Extent
 from tasks.reader import Hole, aligned_buffer
 
@@ -55,7 +55,7 @@ class Piece:
         while buffer:
             leaf, at = divmod(offset, LEAF_BYTES)
             length = min(LEAF_BYTES, self._end - leaf * LEAF_BYTES)
-            whole = (0 if at else whole_leaves(offset, len(buffer), size=self._end)) or LEAF_BYTES - at
+            whole = self._whole_leaves(offset, len(buffer)) or LEAF_BYTES - at
             part, buffer = buffer[:whole], buffer[whole:]
             leaves = range(leaf, leaf + leaf_count(at + len(part)))
             if offset + len(part) > self._end or not self._are_missing(leaves):
@@ -68,9 +68,15 @@ class Piece:
                 yield self._complete(leaves, content)
                 self._keep(content)
 
+    def _whole_leaves(self, offset: int, length: int) -> int:
+        """Return how many of `length` bytes at `offset` are whole leaves, the extent's last one among them."""
+        if offset % LEAF_BYTES:
+            return 0
+        return length if offset + length == self._end else length // LEAF_BYTES * LEAF_BYTES
+
     def _put(self, leaf: int, length: int, at: int, part: memoryview | Hole) -> bool:
         if leaf not in self._open:
-            self._open[leaf] = OpenLeaf(self._memory(length))
+            self._open[leaf] = OpenLeaf(self._memory(length), [(0, length)])
         return self._open[leaf].put(at, part)
 
     def _complete(self, leaves: range, content: Buffer | Hole) -> tuple[int, Buffer | Hole]:
@@ -101,11 +107,11 @@ class Piece:
 
 
 class OpenLeaf:
-    """A leaf that is not all there yet, and `(start, end)` of the gaps in it, sorted; else it is one gap."""
+    """A leaf that is not all there yet, and `(start, end)` of the gaps in it."""
 
-    def __init__(self, content: memoryview, gaps: Iterable[tuple[int, int]] = ()) -> None:
+    def __init__(self, content: memoryview, gaps: Iterable[tuple[int, int]]) -> None:
         self.content = content
-        self._gaps = [*gaps] or [(0, len(content))]
+        self._gaps = [*gaps]
 
     def put(self, at: int, part: memoryview | Hole) -> bool:
         """Put `part` at `at`; tell whether the leaf is whole now. Raises Misread where something is there already."""

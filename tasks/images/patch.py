@@ -113,9 +113,9 @@ class _Patched:
 
     def stream(self, extent: Extent) -> Parts:
         """Yield the bytes of `extent`, whole leaves of it. See `tasks.reader.Reader`."""
-        yield from self.stream_batch([extent])
+        yield from self.stream_scattered([extent])
 
-    def stream_batch(self, extents: Sequence[Extent]) -> Parts:
+    def stream_scattered(self, extents: Sequence[Extent]) -> Parts:
         """Yield the bytes of `extents`, whole leaves. See `tasks.images.copy.InBatches`.
 
         A leaf that changed in part comes with its last change; the rest of one that is in doubt then, after all others.

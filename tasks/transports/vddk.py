@@ -90,7 +90,7 @@ class VddkDisk(Value):
 
 
 class VddkReader:
-    """A disk behind VDDK. See `tasks.reader.Reader` and `Scattered`; `allocated` says what of it is worth asking for.
+    """A disk behind VDDK, asked in batches. See `tasks.reader.Reader`; `allocated` says what of it is worth asking for.
 
     when_full: called each time that the host has no memory for one more session, before it is asked again.
     Enter it in a thread that lives as long: the worker dies with that one. Entering raises VddkUnavailable,
@@ -172,8 +172,6 @@ class VddkReader:
                 yield request.start, self._memory[start : start + request.length]
         finally:
             self._lanes.put(lane)
-
-    stream_batch = stream_scattered  # what `tasks.images.copy.InBatches` calls it
 
     def interrupt(self) -> None:
         """Wake every thread that waits for the worker, with TransientFault."""

@@ -90,8 +90,7 @@ def test_whatever_changed_the_image_is_the_disk(
     places: list[tuple[int, int]], shuffled: bool, rot: set[int], fault: int
 ) -> None:
     changes, after = changed_at(places)
-    partly = {leaf for extent in changes.leaves for leaf in range(extent.start // LEAF_BYTES, leaf_count(extent.end))}
-    rotten = [leaf for leaf in rot & partly if changes.kept(leaf)]
+    rotten = [leaf for leaf in rot if [*changes.of_all([leaf_extent(leaf, size=SIZE)])] and changes.kept(leaf)]
     reader = FakeReader(
         after, chunk=BLOCK, shuffled=shuffled, faults=[(fault // BLOCK * BLOCK, TransientFault("once"))]
     )
@@ -124,6 +123,25 @@ def test_a_reader_that_leaves_out_or_doubles_a_part_is_found_out(tmp_path: Path,
     changes, after = changed_at([(block, 4) for block in range(0, 40 * 16, 16)])
     reader = FakeReader(after, chunk=BLOCK, **{fault: [16 * 8 * BLOCK + BLOCK]})  # type: ignore[arg-type]
     with reader, pytest.raises(IntegrityMismatch, match=r"of a leaf twice|left out"):
+        patched(tmp_path, changes, reader)
+
+
+class Talkative(FakeReader):
+    """Sends a block that nobody asked for as well."""
+
+    unasked = 0
+
+    def stream_scattered(self, extents: Sequence[Extent]) -> Generator[tuple[int, memoryview], None, None]:
+        yield from super().stream_scattered(extents)
+        yield self.unasked, memoryview(self.content)[self.unasked : self.unasked + BLOCK]
+
+
+@pytest.mark.parametrize("place", [1, 16 + 5], ids=["in a leaf that changed", "in one that did not"])
+def test_a_reader_that_sends_what_nobody_asked_for_is_found_out(tmp_path: Path, place: int) -> None:
+    changes, after = changed_at([(leaf * 16, 1) for leaf in range(0, 56, 2)])
+    reader = Talkative(after, chunk=BLOCK, preferred=64 * LEAF_BYTES)
+    reader.unasked = place * BLOCK
+    with reader, pytest.raises(IntegrityMismatch, match="unasked"):
         patched(tmp_path, changes, reader)
 
 
